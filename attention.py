@@ -1,0 +1,125 @@
+"""Multi-head self-attention on packed tokens (Vaswani et al. 2017, section 3.2).
+
+A batch of sentences padded to the longest is mostly padding: a random batch of cross-encoded STS pairs is 42 % text. So
+the encoder drops the padding, orders the sequences by length, and lays their real tokens end to end; every linear layer,
+norm and activation then runs on the T real tokens only. Attention sees all sequences of one length as a dense
+(n, L, ...) view of a slice of those tokens, which needs no mask, no padding and no copy of the batch.
+
+    python attention.py        both paths on one batch, and what the padding would have cost
+
+Dimensions: B sequences in the batch, L tokens in the longest, T real tokens in the batch, n sequences of one length,
+H hidden size, A attention heads, D = H / A.
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+
+
+class Packing:
+    """Where the real tokens of a padded batch stand once the padding is dropped and the sequences are ordered by length.
+
+    attention_mask: (B, L), 1 for a real token. The lengths are needed on the host (they are the shapes of the views
+    below), so a mask on the CPU spares a GPU the wait; the index tensors go to `device`.
+    Raises ValueError where a sequence has no real token.
+    """
+
+    def __init__(self, attention_mask, device=None):
+        device = device if device is not None else attention_mask.device
+        mask = attention_mask.bool().cpu()  # (B, L)
+        self.padded_shape = B, L = mask.shape
+        lengths = mask.sum(dim=1)
+        if B == 0 or lengths.min() == 0:
+            raise ValueError(f"sequence {int(lengths.argmin()) if B else 0} of the batch has no real token")
+        order = lengths.argsort(stable=True)  # packed sequence -> the caller's row
+        row, column = mask[order].nonzero(as_tuple=True)
+        group_length, group_size = lengths[order].unique_consecutive(return_counts=True)
+        ends = lengths[order].cumsum(dim=0)
+
+        self.groups = list(zip(group_size.tolist(), group_length.tolist()))  # [(n, L), ...], L rising
+        self.group_tokens = [n * length for n, length in self.groups]
+        self.max_length = self.groups[-1][1]
+        self.positions = column.to(device, non_blocking=True)  # (T,) position of each token in its padded row
+        self.indices = (order[row] * L + column).to(device, non_blocking=True)  # (T,) into the flattened (B * L)
+        self.order = order.to(device, non_blocking=True)  # (B,)
+        self.restore = order.argsort().to(device, non_blocking=True)  # (B,) the caller's row -> packed sequence
+        self.cu_seqlens = nn.functional.pad(ends, (1, 0)).to(device, torch.int32, non_blocking=True)  # (B + 1,)
+
+    def pack(self, padded):  # (B, L, ...) -> (T, ...)
+        return padded.flatten(0, 1).to(self.indices.device, non_blocking=True).index_select(0, self.indices)
+
+    def unpack(self, packed):  # (T, H) -> (B, L, H), zeros on the padding
+        B, L = self.padded_shape
+        return packed.new_zeros(B * L, packed.size(-1)).index_copy(0, self.indices, packed).view(B, L, -1)
+
+    def first(self, packed):  # (T, H) -> (B, H), each sequence's first token, which is [CLS]
+        return packed.index_select(0, self.cu_seqlens[:-1].index_select(0, self.restore))
+
+    def mean(self, packed):  # (T, H) -> (B, H), the mean over each sequence's real tokens
+        means = [tokens.view(n, length, -1).mean(dim=1)
+                 for (n, length), tokens in zip(self.groups, packed.split(self.group_tokens))]
+        return torch.cat(means).index_select(0, self.restore)
+
+
+def scaled_dot_product_attention(query, key, value):
+    """softmax(Q K^T / sqrt(D)) V, equation 1 of Vaswani et al. 2017. All (n, A, L, D), sequences of one length."""
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (n, A, L, L)
+    return scores.softmax(dim=-1).to(value.dtype) @ value  # (n, A, L, D)
+
+
+def grouped_attention(query, key, value, packing):
+    """The formula above on each group of sequences of equal length. All (T, A, D)."""
+    outputs = []
+    for (n, L), *qkv in zip(packing.groups, *(x.split(packing.group_tokens) for x in (query, key, value))):
+        q, k, v = (x.unflatten(0, (n, L)).transpose(1, 2) for x in qkv)  # (n, A, L, D)
+        outputs.append(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))  # (n * L, A, D)
+    return torch.cat(outputs)
+
+
+def flash_attention(query, key, value, packing):
+    """The same by one fused kernel over the packed tokens; CUDA and half precision only. All (T, A, D)."""
+    bounds, longest = packing.cu_seqlens, packing.max_length
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest)
+
+
+class BertSelfAttention(nn.Module):
+    """Queries, keys and values of A heads, attention, heads side by side again. (T, H) -> (T, H).
+
+    No dropout on the attention probabilities, whatever the config says: the fused kernel has none, and both paths shall
+    compute the same.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_attention_heads = config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, packing):
+        qkv = [layer(hidden_states).unflatten(-1, (self.num_attention_heads, -1))  # (T, A, D)
+               for layer in (self.query, self.key, self.value)]
+        half_on_cuda = qkv[0].is_cuda and qkv[0].dtype in (torch.bfloat16, torch.float16)
+        attend = flash_attention if half_on_cuda else grouped_attention
+        return attend(*qkv, packing).flatten(1)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    lengths = torch.tensor([5, 31, 9, 9, 14, 5, 22, 9])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    packing = Packing(mask)
+    query, key, value = torch.randn(3, int(lengths.sum()), 12, 32)
+    ours = packing.unpack(grouped_attention(query, key, value, packing).flatten(1))
+
+    padded = [packing.unpack(x.flatten(1)).unflatten(-1, (12, 32)).transpose(1, 2) for x in (query, key, value)]
+    textbook = nn.functional.scaled_dot_product_attention(*padded, attn_mask=mask[:, None, None].bool())
+    difference = (textbook.transpose(1, 2).flatten(2) * mask[..., None] - ours).abs().max()
+    print(f"{mask.numel()} padded tokens, {packing.positions.numel()} real ones, groups (n, L): {packing.groups}")
+    print(f"largest difference from padded, masked attention: {difference:.1e}")
+    if torch.cuda.is_available():
+        qkv = [x.cuda().bfloat16() for x in (query, key, value)]
+        packing = Packing(mask, "cuda")
+        difference = (flash_attention(*qkv, packing) - grouped_attention(*qkv, packing)).abs().max()
+        print(f"largest difference between the two paths, bfloat16 on {torch.cuda.get_device_name()}: {difference:.1e}")

@@ -1,0 +1,263 @@
+"""BERT from scratch: the encoder of Devlin et al. 2018 (section 3 and appendix A.2), on packed tokens.
+
+Behind the interface of the course's minBERT: `BertModel.from_pretrained(name_or_folder)`, `embed`, `encode`, and
+`model(input_ids, attention_mask)` with padded batches. Inside, the padding is dropped (attention.py says why). Any
+published BERT checkpoint loads through one table of names, and is saved in the same layout, so that
+`transformers.AutoModel.from_pretrained` opens what this file writes.
+
+    python bert.py                 encode two sentences and compare with `transformers` where it is installed
+
+Dimensions: B sequences in the batch, L tokens in the longest, T real tokens in the batch, H hidden size.
+"""
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from attention import BertSelfAttention, Packing
+from data.download import DEFAULT_ENCODER, InputError, fetch_encoder
+
+# Published name -> our name, applied from top to bottom; from bottom to top, and right to left, when saving.
+RENAMES = [
+    ("embeddings.word_embeddings.", "word_embedding."),
+    ("embeddings.position_embeddings.", "pos_embedding."),
+    ("embeddings.token_type_embeddings.", "tk_type_embedding."),
+    ("embeddings.LayerNorm.", "embed_layer_norm."),
+    ("encoder.layer.", "bert_layers."),
+    ("attention.self.", "self_attention."),
+    ("attention.output.dense.", "attention_dense."),
+    ("attention.output.LayerNorm.", "attention_layer_norm."),
+    ("intermediate.dense.", "interm_dense."),
+    ("output.dense.", "out_dense."),
+    ("output.LayerNorm.", "out_layer_norm."),
+    ("pooler.dense.", "pooler_dense."),
+]
+
+
+@dataclasses.dataclass
+class BertConfig:
+    """The fields of a published config.json that this encoder reads. The defaults are bert-base-uncased."""
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Read folder/config.json. Raises InputError where it is missing, broken, or describes another architecture."""
+        path = Path(folder) / "config.json"
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({type(error).__name__}); a BERT folder has a config.json") from None
+        for name, ours in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+            if fields.get(name, ours) != ours:
+                raise InputError(f"{path}: {name} is {fields[name]!r}, and this encoder has {ours!r} only")
+        config = cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields})
+        if config.hidden_size % config.num_attention_heads:
+            raise InputError(f"{path}: hidden_size {config.hidden_size} is no multiple of "
+                             f"num_attention_heads {config.num_attention_heads}")
+        return config
+
+    def save(self, folder):
+        fields = {"architectures": ["BertModel"], "model_type": "bert", "hidden_act": "gelu",
+                  "attention_probs_dropout_prob": 0.0, "pad_token_id": 0, **dataclasses.asdict(self)}
+        (Path(folder) / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+class BertLayer(nn.Module):
+    """Self-attention, then a feed-forward network, each added to its input and normalised (post-norm). (T, H) -> (T, H)."""
+
+    def __init__(self, config):
+        super().__init__()
+        H, eps = config.hidden_size, config.layer_norm_eps
+        self.self_attention = BertSelfAttention(config)
+        self.attention_dense = nn.Linear(H, H)
+        self.attention_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.attention_layer_norm = nn.LayerNorm(H, eps=eps)
+        self.interm_dense = nn.Linear(H, config.intermediate_size)
+        self.out_dense = nn.Linear(config.intermediate_size, H)
+        self.out_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.out_layer_norm = nn.LayerNorm(H, eps=eps)
+
+    def forward(self, hidden_states, packing):
+        attention = self.attention_dropout(self.attention_dense(self.self_attention(hidden_states, packing)))
+        hidden_states = self.attention_layer_norm(hidden_states + attention)
+        feed_forward = self.out_dropout(self.out_dense(F.gelu(self.interm_dense(hidden_states))))  # exact (erf) GELU
+        return self.out_layer_norm(hidden_states + feed_forward)
+
+
+class BertModel(nn.Module):
+    """Embeddings, num_hidden_layers BertLayers, and a tanh layer over [CLS]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        H = config.hidden_size
+        self.word_embedding = nn.Embedding(config.vocab_size, H)
+        self.pos_embedding = nn.Embedding(config.max_position_embeddings, H)
+        self.tk_type_embedding = nn.Embedding(config.type_vocab_size, H)
+        self.embed_layer_norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
+        self.embed_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.bert_layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.pooler_dense = nn.Linear(H, H)
+        self.apply(self._initialise)
+
+    def _initialise(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def embed(self, input_ids, token_type_ids=None, position_ids=None):
+        """Word + position + token type, normalised. (..., L) -> (..., L, H), or (T,) -> (T, H) with the positions given."""
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.size(-1), device=input_ids.device)
+        embeddings = (self.word_embedding(input_ids) + self.pos_embedding(position_ids)
+                      + self.tk_type_embedding(token_type_ids))
+        return self.embed_dropout(self.embed_layer_norm(embeddings))
+
+    def encode_packed(self, hidden_states, packing):
+        """The layers, on real tokens only. (T, H) -> (T, H)."""
+        for layer in self.bert_layers:
+            hidden_states = layer(hidden_states, packing)
+        return hidden_states
+
+    def encode(self, hidden_states, attention_mask):
+        """The layers, on a padded batch. (B, L, H), (B, L) -> (B, L, H) with zeros on the padding."""
+        packing = Packing(attention_mask, hidden_states.device)
+        return packing.unpack(self.encode_packed(packing.pack(hidden_states), packing))
+
+    def pack(self, input_ids, attention_mask, token_type_ids=None):
+        """Drop the padding of a batch. Raises ValueError for a sequence that is empty or longer than the positions.
+
+        Returns (T,) input_ids, (T,) token_type_ids or None, and the Packing, on the model's device.
+        """
+        if input_ids.size(1) > self.config.max_position_embeddings:
+            raise ValueError(f"{input_ids.size(1)} tokens in a sequence, the encoder has "
+                             f"{self.config.max_position_embeddings} positions")
+        packing = Packing(attention_mask, self.word_embedding.weight.device)
+        return packing.pack(input_ids), None if token_type_ids is None else packing.pack(token_type_ids), packing
+
+    def pool(self, first_tokens):  # (B, H) -> (B, H), appendix A.1 of the paper: tanh over the last state of [CLS]
+        return torch.tanh(self.pooler_dense(first_tokens))
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None):
+        """(B, L) each -> {"last_hidden_state": (B, L, H), zeros on the padding, "pooler_output": (B, H)}."""
+        input_ids, token_type_ids, packing = self.pack(input_ids, attention_mask, token_type_ids)
+        hidden_states = self.encode_packed(self.embed(input_ids, token_type_ids, packing.positions), packing)
+        return {"last_hidden_state": packing.unpack(hidden_states),
+                "pooler_output": self.pool(packing.first(hidden_states))}
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder=DEFAULT_ENCODER):
+        """A published checkpoint: a folder, the default encoder's name, or a model of the Hugging Face hub.
+
+        Raises InputError where a tensor of the encoder is missing or misshapen, or where the files cannot be read. A
+        missing pooler is initialised afresh, and tensors that no encoder has (an MLM head, say) are left; both are said.
+        """
+        folder = fetch_encoder(str(name_or_folder))
+        model = cls(BertConfig.from_folder(folder))
+        path, published = read_checkpoint(folder)
+        own, extra = model.state_dict(), []
+        found = {}
+        for name, tensor in published.items():
+            ours = our_name(name)
+            if ours not in own:
+                extra.append(name)
+            elif tensor.shape != own[ours].shape:
+                raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
+                                 f"config.json asks for {tuple(own[ours].shape)}")
+            else:
+                found[ours] = tensor.float()
+        missing = [name for name in own if name not in found]
+        if any(not name.startswith("pooler_dense.") for name in missing):
+            raise InputError(f"{path}: no tensor for {', '.join(missing[:3])}"
+                             f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; is it a BERT encoder?")
+        if missing:
+            print(f"{path}: has no pooler; it starts from random weights")
+        if extra:
+            print(f"{path}: not part of the encoder, left unused: {', '.join(extra)}")
+        model.load_state_dict(found, strict=False)
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors with the published names."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save(folder)
+        tensors = {published_name(name): tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
+        os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+
+
+def our_name(published):
+    name = published.removeprefix("bert.")
+    for theirs, ours in RENAMES:
+        name = name.replace(theirs, ours)
+    if name.endswith(".gamma") or name.endswith(".beta"):  # TensorFlow's names, in checkpoints of 2018
+        name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+    return name
+
+
+def published_name(name):
+    for theirs, ours in reversed(RENAMES):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def read_checkpoint(folder):
+    """(path, {published name: tensor}) of a folder's model.safetensors, or of its pytorch_model.bin without running it."""
+    for name, read in (("model.safetensors", load_file),
+                       ("pytorch_model.bin", lambda path: torch.load(path, map_location="cpu", weights_only=True))):
+        path = Path(folder) / name
+        if path.exists():
+            try:
+                tensors = dict(read(path))
+            except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, OSError, EOFError) as error:
+                raise InputError(f"{path}: cannot be read as tensors alone ({type(error).__name__}); "
+                                 "it is damaged or holds more than weights") from None
+            positions = tensors.pop(next((key for key in tensors if key.endswith("embeddings.position_ids")), ""), None)
+            if positions is not None and not torch.equal(positions.flatten().cpu(), torch.arange(positions.numel())):
+                raise InputError(f"{path}: position_ids is not 0, 1, 2, ..., which this encoder assumes")
+            return path, tensors
+    raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
+
+
+if __name__ == "__main__":
+    from data.tasks import load_tokenizer
+
+    folder = fetch_encoder()
+    encodings = load_tokenizer(folder).encode_batch(["An encoder reads the whole sentence at once.", "So does this one."])
+    length = max(len(e.ids) for e in encodings)
+    input_ids = torch.tensor([e.ids + [0] * (length - len(e.ids)) for e in encodings])  # (2, L)
+    attention_mask = (input_ids != 0).long()
+    model = BertModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        ours = model(input_ids, attention_mask)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    print({name: tuple(tensor.shape) for name, tensor in ours.items()})
+    try:
+        from transformers import BertModel as Peer
+    except ImportError:
+        print("transformers is not installed: no comparison")
+    else:
+        with torch.no_grad():
+            theirs = Peer.from_pretrained(folder).eval()(input_ids, attention_mask)
+        difference = (theirs.last_hidden_state - ours["last_hidden_state"])[attention_mask.bool()].abs().max()
+        print(f"largest difference from transformers.BertModel: {difference:.1e}")

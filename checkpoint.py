@@ -1,0 +1,67 @@
+"""The folder of a run: what was asked (args.json), what was measured (metrics.jsonl), and how it looks (curves.png).
+
+    python checkpoint.py RUN       draw RUN/curves.png again from RUN/metrics.jsonl
+"""
+import json
+import os
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+
+def replace(path, write):
+    """Write a file whole or not at all: write(temporary path in the same folder), then rename."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)
+
+
+class Run:
+    """A run's folder, made new. Raises FileExistsError where one of this name is there."""
+
+    def __init__(self, folder, args):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True)
+        text = json.dumps(args, indent=2) + "\n"
+        replace(self.folder / "args.json", lambda path: path.write_text(text, encoding="utf-8"))
+        self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+
+    def log(self, kind, **fields):
+        """Append one line to metrics.jsonl; kind is "step" or "evaluation"."""
+        self.metrics.write(json.dumps({"kind": kind, **fields}) + "\n")
+        self.metrics.flush()
+
+
+def read_metrics(folder, kind):
+    with open(Path(folder) / "metrics.jsonl", encoding="utf-8") as file:
+        return [line for line in map(json.loads, file) if line["kind"] == kind]
+
+
+def plot_curves(folder):
+    """curves.png: each task's loss over the steps, and its score on the train sample (dashed) and on dev by epoch."""
+    steps, evaluations = (read_metrics(folder, kind) for kind in ("step", "evaluation"))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, scores = figure.subplots(1, 2)
+    for task in sorted({task for line in steps for task in line["losses"]}):
+        points = [(line["step"], line["losses"][task]) for line in steps if task in line["losses"]]
+        losses.plot(*zip(*points), label=task)
+    losses.set(xlabel="step", ylabel="loss (mean since the last point)", title="training loss")
+    for i, task in enumerate(evaluations[-1]["dev"] if evaluations else []):
+        epochs = [line["epoch"] for line in evaluations]
+        scores.plot(epochs, [line["dev"][task] for line in evaluations], f"C{i}o-", ms=3, label=f"{task} dev")
+        if task in evaluations[-1]["train"]:
+            scores.plot(epochs, [line["train"][task] for line in evaluations], f"C{i}--", label=f"{task} train")
+    scores.set(xlabel="epoch", ylabel="accuracy; Pearson r for sts", title="scores")
+    scores.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (losses, scores):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    replace(Path(folder) / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+
+
+if __name__ == "__main__":
+    plot_curves(sys.argv[1])
+    print(Path(sys.argv[1]) / "curves.png")

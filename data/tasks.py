@@ -1,0 +1,198 @@
+"""The tasks as a table, their files read strictly, their sentences tokenised once.
+
+A file is the course's format: tab-separated with a header, fields that hold a tab or a quote are quoted, a quote inside
+is doubled. Columns are found by name, so their order and further columns do not matter. Nothing is dropped in silence:
+malformed rows are counted and shown, and more than 1 % of them stops the run.
+
+    python data/tasks.py FILE [TASK]        what a file holds: rows, labels, malformed rows, lengths in tokens
+"""
+import csv
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from tokenizers import BertWordPieceTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python data/tasks.py`
+from data.download import InputError, fetch_encoder  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One row of the table. `kind` fixes outputs, loss and metric; the labels lie in 0..top."""
+    name: str
+    stem: str  # the files are stem-train.csv, stem-dev.csv and stem-test-student.csv
+    text_columns: tuple
+    label_column: str
+    kind: str  # "classes": cross entropy, accuracy; "binary": one logit, accuracy; "similarity": squared error, Pearson
+    top: int
+    heading: str  # of the course's submission file
+
+    @property
+    def is_pair(self):
+        return len(self.text_columns) == 2
+
+    @property
+    def num_outputs(self):
+        return self.top + 1 if self.kind == "classes" else 1
+
+    def filename(self, split):
+        return f"{self.stem}-test-student.csv" if split == "test" else f"{self.stem}-{split}.csv"
+
+
+PAIR = ("sentence1", "sentence2")
+TASKS = {task.name: task for task in (
+    Task("sst", "ids-sst", ("sentence",), "sentiment", "classes", 4, "Predicted_Sentiment"),
+    Task("para", "quora", PAIR, "is_duplicate", "binary", 1, "Predicted_Is_Paraphrase"),
+    Task("sts", "sts", PAIR, "similarity", "similarity", 5, "Predicted_Similiary"),  # spelt as the course spells it
+    Task("cfimdb", "ids-cfimdb", ("sentence",), "sentiment", "classes", 1, "Predicted_Sentiment"),
+)}
+
+
+@dataclasses.dataclass
+class Examples:
+    """The rows of one file. `tokens` is filled by `tokenize`: a list of sequences a row, one or (bi-encoded pair) two,
+    each (ids, length of its first segment)."""
+    task: Task
+    path: Path
+    ids: list
+    texts: list  # of tuples, one string a text column
+    labels: np.ndarray | None  # (N,) float32; None for a test file
+    malformed: list  # "line 12: ..." of every row that was left out
+    tokens: list | None = None
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def read_examples(path, task, labelled=True, skip_malformed=False):
+    """Read one file of `task`. Raises InputError: no such file, no such column, an open quote, no row left, or more than
+    1 % malformed rows (unless skip_malformed)."""
+    path = Path(path)
+    wanted = ["id", *task.text_columns] + ([task.label_column] if labelled else [])
+    ids, texts, labels, malformed = [], [], [], []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter="\t")
+            header = next(reader, None)
+            if header is None:
+                raise InputError(f"{path}: the file is empty")
+            for name in wanted:
+                if name not in header:
+                    raise InputError(f"{path}: no column {name!r} in its header ({', '.join(filter(None, header))}); "
+                                     f"task {task.name} reads the columns {', '.join(wanted)}")
+            line = reader.line_num + 1
+            for fields in reader:
+                row = dict(zip(header, fields))
+                if fields:  # a blank line is no row
+                    if reader.line_num > line and any("\t" in field for field in fields):
+                        raise InputError(f"{path}: the quote opened in line {line} runs over several rows; "
+                                         "close it or double it")
+                    reason = fault(row, fields, header, task, labelled)
+                    if reason:
+                        malformed.append(f"line {line}: {reason}")
+                    else:
+                        ids.append(row["id"].strip())
+                        texts.append(tuple(row[column].strip() for column in task.text_columns))
+                        labels.append(float(row[task.label_column]) if labelled else 0.0)
+                line = reader.line_num + 1
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: {error}") from None
+    if malformed:
+        total = len(ids) + len(malformed)
+        shown = "; ".join(malformed[:3]) + ("; ..." if len(malformed) > 3 else "")
+        if len(malformed) > 0.01 * total and not skip_malformed:
+            raise InputError(f"{path}: {len(malformed)} of {total} rows are malformed: {shown}; "
+                             "mend them, or leave them out with --skip_malformed")
+        print(f"{path}: left out {len(malformed)} malformed of {total} rows: {shown}")
+    if not ids:
+        raise InputError(f"{path}: no rows")
+    return Examples(task, path, ids, texts, np.array(labels, dtype=np.float32) if labelled else None, malformed)
+
+
+def fault(row, fields, header, task, labelled):
+    """What is wrong with a row, or None."""
+    if len(fields) != len(header):
+        return f"{len(fields)} fields where the header has {len(header)}"
+    for column in task.text_columns:
+        if not row[column].strip():
+            return f"{column} is empty"
+    if labelled:
+        text = row[task.label_column].strip()
+        try:
+            label = float(text)
+        except ValueError:
+            return f"{task.label_column} {text[:20]!r} is no number"
+        if not 0 <= label <= task.top:  # also catches nan
+            return f"{task.label_column} {text} is outside 0..{task.top}"
+        if task.kind != "similarity" and label != int(label):
+            return f"{task.label_column} {text} is not a class 0..{task.top}"
+    return None
+
+
+def load_tokenizer(folder):
+    """BERT's word pieces from a folder's vocab.txt alone. Raises InputError where it is missing or lacks [CLS] or [SEP]."""
+    path = Path(folder) / "vocab.txt"
+    if not path.exists():
+        raise InputError(f"{path}: no such file; a BERT folder has its vocabulary there")
+    settings = Path(folder) / "tokenizer_config.json"
+    lowercase = json.loads(settings.read_text(encoding="utf-8")).get("do_lower_case", True) if settings.exists() else True
+    tokenizer = BertWordPieceTokenizer(str(path), lowercase=lowercase)
+    for token in ("[CLS]", "[SEP]", "[UNK]"):
+        if tokenizer.token_to_id(token) is None:
+            raise InputError(f"{path}: no {token} in the vocabulary; is it BERT's?")
+    return tokenizer
+
+
+def tokenize(examples, tokenizer, max_length, cross):
+    """Fill examples.tokens: [CLS] a [SEP] a text, or [CLS] a [SEP] b [SEP] for a pair if `cross`.
+
+    What is longer than max_length tokens is cut (of a cross-encoded pair the longer side first), counted, and said.
+    """
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    columns = [tokenizer.encode_batch(list(column), add_special_tokens=False) for column in zip(*examples.texts)]
+    cut, examples.tokens = 0, []
+    for encodings in zip(*columns):
+        pieces = [encoding.ids for encoding in encodings]
+        joined = [pieces] if cross else [[piece] for piece in pieces]  # the texts of each sequence
+        cut += any(sum(map(len, texts)) + len(texts) + 1 > max_length for texts in joined)
+        examples.tokens.append([join(texts, cls, sep, max_length) for texts in joined])
+    if cut:
+        print(f"{examples.path}: cut {cut} of {len(examples)} rows to {max_length} tokens")
+    return examples
+
+
+def join(texts, cls, sep, max_length):
+    """([CLS] a [SEP] b [SEP] as int64, length of [CLS] a [SEP]), cut to max_length."""
+    room = max_length - len(texts) - 1
+    if len(texts) == 2:
+        a, b = map(len, texts)
+        keep_a = max(room - b, min(a, (room + 1) // 2))  # cut the longer side, then both alike
+        texts = [texts[0][:keep_a], texts[1][:room - min(a, keep_a)]]
+    else:
+        texts = [texts[0][:room]]
+    first = [cls, *texts[0], sep]
+    return np.array(first + [i for text in texts[1:] for i in (*text, sep)], dtype=np.int64), len(first)
+
+
+if __name__ == "__main__":
+    name = sys.argv[2] if len(sys.argv) > 2 else next(
+        (task.name for task in TASKS.values() if Path(sys.argv[1]).name.startswith(task.stem)), "sst")
+    try:
+        examples = read_examples(sys.argv[1], TASKS[name], labelled="test" not in Path(sys.argv[1]).name, skip_malformed=True)
+        tokenize(examples, load_tokenizer(fetch_encoder()), 512, cross=True)
+    except InputError as error:
+        sys.exit(str(error))
+    lengths = np.array([len(ids) for row in examples.tokens for ids, _ in row])
+    print(f"{examples.path}: {len(examples)} rows of task {name}, {len(examples.malformed)} malformed; "
+          f"tokens a sequence: median {np.median(lengths):.0f}, longest {lengths.max()}")
+    if examples.labels is not None:
+        print("labels:", dict(zip(*(x.tolist() for x in np.unique(examples.labels.round(), return_counts=True)))))
