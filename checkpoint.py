@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -44,21 +45,19 @@ def plot_curves(folder):
     steps, evaluations = (read_metrics(folder, kind) for kind in ("step", "evaluation"))
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, scores = figure.subplots(1, 2)
-    for task in sorted({task for line in steps for task in line["losses"]}):
+    tasks = list(dict.fromkeys(task for line in steps for task in line["losses"]))
+    for color, task in zip(TABLEAU_COLORS, tasks):
         points = [(line["step"], line["losses"][task]) for line in steps if task in line["losses"]]
-        losses.plot(*zip(*points), label=task)
+        losses.plot(*zip(*points), color=color, label=task)
+        for split, style in (("dev", "o-"), ("train", "--")):
+            points = [(line["epoch"], line[split][task]) for line in evaluations]
+            scores.plot(*zip(*points), style, ms=3, color=color, label=f"{task} {split}")
     losses.set(xlabel="step", ylabel="loss (mean since the last point)", title="training loss")
-    for i, task in enumerate(evaluations[-1]["dev"] if evaluations else []):
-        epochs = [line["epoch"] for line in evaluations]
-        scores.plot(epochs, [line["dev"][task] for line in evaluations], f"C{i}o-", ms=3, label=f"{task} dev")
-        if task in evaluations[-1]["train"]:
-            scores.plot(epochs, [line["train"][task] for line in evaluations], f"C{i}--", label=f"{task} train")
     scores.set(xlabel="epoch", ylabel="accuracy; Pearson r for sts", title="scores")
     scores.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (losses, scores):
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
+        axes.legend()
     replace(Path(folder) / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
 
 

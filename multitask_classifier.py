@@ -228,7 +228,8 @@ def train(args, model, data, run, encoder_folder):
     trainable = [p for p in model.parameters() if p.requires_grad]
     gradients = GradientBuffer(shared, [p for p in trainable if id(p) not in in_shared], args.tasks,
                                "pcgrad" if args.pcgrad else None)
-    model.bert.word_embedding.sparse = True  # its gradient then touches, in J, only the rows of words that occur
+    # its gradient then touches, in J, only the rows of words that occur; MPS has no sparse tensors
+    model.bert.word_embedding.sparse = args.device != "mps"
     optimizer = AdamW([{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay},
                        {"params": [p for p in trainable if p.ndim < 2]}],  # no decay of biases and LayerNorm
                       lr=args.lr)
@@ -364,7 +365,8 @@ def get_parser():
     group = parser.add_argument_group("machine and run")
     group.add_argument("--use_gpu", action="store_true", help="train on CUDA, or on MPS of an Apple machine")
     group.add_argument("--amp", action="store_true", help="the encoder in bfloat16 (CUDA, or a CPU with avx512_bf16)")
-    group.add_argument("--name", default=None, help="the run's folder in runs/ (default: what it is, and the time)")
+    group.add_argument("--name", default=None,
+                       help="the run's folder in runs/, or a path (default: what the run is, and the time)")
     group = parser.add_argument_group("data")
     group.add_argument("--data_dir", type=Path, default=None, help="folder with the course's files (default: data/ once "
                        "`python data/download.py` has filled it, the demo sets in data/demo/ until then)")
@@ -455,8 +457,8 @@ def locate(args):
         folder = HERE / "data"
         if not all(path.exists() for path in needed):
             folder = HERE / "data" / "demo"
-            print("*** The real sets are not here: this run uses the small demo sets in data/demo/, whose scores mean nothing.\n"
-                  "*** For the real ones: python data/download.py", flush=True)
+            print("*** The real sets are not in data/: this run uses the small demo sets in data/demo/, and its scores are\n"
+                  "*** no results. For the real ones: python data/download.py", flush=True)
     paths = {task: {} for task in args.tasks}
     for (task, split), path in given.items():
         default = folder / TASKS[task].filename(split)

@@ -85,7 +85,8 @@ if __name__ == "__main__":
 
     ours, loss = quadratic(lambda p: AdamW(p, lr=.01, eps=0.0))
     theirs, _ = quadratic(lambda p: torch.optim.AdamW(p, lr=.01, eps=0.0, weight_decay=0.0))
-    print(f"200 steps down a quadratic: loss {loss:.4f}, largest difference from torch.optim.AdamW {(ours - theirs).abs().max():.1e}")
+    print(f"200 steps down a quadratic: loss {loss:.4f}, "
+          f"largest difference from torch.optim.AdamW {(ours - theirs).abs().max():.1e}")
 
     shapes = [(30522, 384)] + [(384, 1536), (1536, 384), (384, 384), (384, 384), (384, 384), (384, 384)] * 6
     kinds = {"this file": AdamW, "torch, fused": lambda p: torch.optim.AdamW(p, fused=True),
@@ -108,4 +109,5 @@ if __name__ == "__main__":
     median = {kind: sorted(values[3:])[5] for kind, values in times.items()}
     parameters = sum(math.prod(shape) for shape in shapes)
     for kind, seconds in median.items():
-        print(f"{kind:15} {seconds / median['torch, fused']:5.2f} x torch's fused step, {parameters / 1e6:.1f}M parameters, {device}")
+        print(f"{kind:15} {seconds / median['torch, fused']:5.2f} x torch's fused step "
+              f"({parameters / 1e6:.1f}M parameters, {device})")

@@ -33,8 +33,10 @@ class GradientBuffer:
         self.shared, self.others, self.surgery = list(shared), list(others), surgery
         self.row = {task: i if surgery else 0 for i, task in enumerate(tasks)}
         sizes = [parameter.numel() for parameter in self.shared]
-        self.J = torch.zeros(max(self.row.values()) + 1, sum(sizes), device=self.shared[0].device)  # (K, P)
-        self.views = [[piece.view_as(parameter) for piece, parameter in zip(row.split(sizes), self.shared)] for row in self.J]
+        device = [*self.shared, *self.others][0].device  # of a frozen encoder nothing is shared
+        self.J = torch.zeros(max(self.row.values()) + 1, sum(sizes), device=device)  # (K, P)
+        self.views = [[piece.view_as(parameter) for piece, parameter in zip(row.split(sizes), self.shared)]
+                      for row in self.J]
 
     def zero(self):
         self.J.zero_()
@@ -92,5 +94,6 @@ if __name__ == "__main__":
     W = pcgrad(gram_matrix(J), seed=0).float()
     print(f"g_1 = {J[0].tolist()}, g_2 = {J[1].tolist()}, g_1 . g_2 = {J[0] @ J[1]:.2f}: in conflict")
     for i, (projected, other) in enumerate(zip(W @ J, J.flip(0)), start=1):
-        print(f"g_{i}' = {[round(x, 3) for x in projected.tolist()]}, its product with the other gradient {projected @ other:.2f}")
+        print(f"g_{i}' = {[round(x, 3) for x in projected.tolist()]}, "
+              f"its product with the other gradient {projected @ other:.2f}")
     print(f"plain sum {J.sum(0).tolist()}, PCGrad's update {[round(x, 3) for x in (W @ J).sum(0).tolist()]}")

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import BertWordPieceTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python data/tasks.py`
+if not __package__:  # run as `python data/tasks.py`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.download import InputError, fetch_encoder  # noqa: E402
 
 
@@ -102,8 +103,8 @@ def read_examples(path, task, labelled=True, skip_malformed=False):
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: {first_bad_byte(path)}; save the file as UTF-8") from None
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.line_num}: {error}") from None
     if malformed:
@@ -136,6 +137,15 @@ def fault(row, fields, header, task, labelled):
         if task.kind != "similarity" and label != int(label):
             return f"{task.label_column} {text} is not a class 0..{task.top}"
     return None
+
+
+def first_bad_byte(path):
+    raw = path.read_bytes()  # the reader decodes in blocks, so that its own error says where in a block, not in the file
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        return f"line {line}: byte {raw[error.start]:#04x} is not UTF-8"
 
 
 def load_tokenizer(folder):

@@ -1,0 +1,982 @@
+"""The checks: one function a property, grouped by file. Every one asserts a number or a property that can fail.
+
+    python sanity_check.py             all that need no network, in under two minutes on two cores
+    python sanity_check.py --full      also those that take longer or fetch the default encoder
+    python sanity_check.py pcgrad      those whose name contains a word
+    pytest sanity_check.py             the same checks under pytest
+
+Checks against `transformers` run where it is installed, and those of CUDA where there is one; else they count as skipped.
+"""
+import contextlib
+import csv
+import functools
+import http.server
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+from unittest import SkipTest, mock
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+import attention
+import multitask_classifier
+import pcgrad
+from bert import BertConfig, BertModel, our_name, published_name
+from data import download
+from data.batches import Schedule, Stream, collate, evaluation_batches, seed_of
+from data.download import DEFAULT_ENCODER, InputError, cache_folder, fetch_encoder
+from data.tasks import TASKS, load_tokenizer, read_examples, tokenize
+from multitask_classifier import MultitaskBERT
+from optimizer import AdamW
+
+DEMO = Path(__file__).resolve().parent / "data" / "demo"
+TINY = BertConfig(vocab_size=500, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+                  max_position_embeddings=64)
+FULL = "--full" in sys.argv
+
+
+# ---------------------------------------------------------------- helpers
+
+def raises(kind, part, function, *args, **kwargs):
+    """The function raises `kind` with `part` in a message of one line."""
+    try:
+        function(*args, **kwargs)
+    except kind as error:
+        assert part in str(error) and "\n" not in str(error), f"the message is: {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__} with {part!r}")
+
+
+@functools.cache
+def workspace():
+    """A temporary folder with a tiny random encoder, and the demo sets cut to a few rows. Gone at exit."""
+    folder = tempfile.TemporaryDirectory(prefix="sanity-check-")
+    workspace.keep = folder
+    root = Path(folder.name)
+    torch.manual_seed(0)
+    BertModel(TINY).save_pretrained(root / "tiny")
+    text = " ".join(path.read_text(encoding="utf-8").lower() for path in DEMO.glob("*-train.csv"))
+    letters = sorted({c for c in text if c.isalpha()}) + list("0123456789.,?!'\"-:;()$%&/")
+    words = sorted({w for w in text.split() if w.isalpha()}, key=lambda w: (-text.count(f" {w} "), w))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters), *words]
+    (root / "tiny" / "vocab.txt").write_text("\n".join(vocabulary[:TINY.vocab_size]) + "\n", encoding="utf-8")
+    (root / "data").mkdir()
+    for path in DEMO.glob("*.csv"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        (root / "data" / path.name).write_text("".join(lines[:25 if "train" in path.name else 9]), encoding="utf-8")
+    return root
+
+
+def run(*flags, steps=2, option="finetune", name=None):
+    """main() on the tiny encoder and the cut demo sets. Returns (exit status, what it said, the run's folder)."""
+    root = workspace()
+    name = name or str(root / "runs" / f"{time.time_ns()}")
+    said = io.StringIO()
+    defaults = ["--option", option, "--model", str(root / "tiny"), "--data_dir", str(root / "data"), "--epochs", "1",
+                "--epoch_length", str(steps), "--name", name]
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = multitask_classifier.main([*defaults, *map(str, flags)])
+    return status, said.getvalue(), Path(name)
+
+
+def trained(*flags, **kwargs):
+    """The tensors a run leaves: encoder and heads."""
+    status, said, folder = run(*flags, **kwargs)
+    assert status == 0, said
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "heads.safetensors")}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def random_batch(config, lengths, seed=0):
+    """input_ids, attention_mask, token_type_ids, each (B, L)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths))
+    mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(5, config.vocab_size, shape, generator=generator) * mask
+    return ids, mask, torch.randint(0, 2, shape, generator=generator) * mask
+
+
+def largest_gradient_difference(ours, theirs):
+    """The largest norm of a difference of two parameters' gradients, relative to the largest gradient norm."""
+    scale = max(gradient.norm() for gradient in theirs.values())
+    assert ours.keys() == theirs.keys()
+    return max(((ours[name] - theirs[name]).norm() / scale).item() for name in theirs)
+
+
+# ---------------------------------------------------------------- attention.py
+
+def test_packed_attention_equals_padded_masked_attention():
+    torch.manual_seed(0)
+    mask = torch.rand(7, 20) < 0.6  # with holes, so that the order of tokens and the padding are independent
+    mask[:, 3] = True
+    packing = attention.Packing(mask)
+    query, key, value = (torch.randn(7, 4, 20, 8, requires_grad=True) for _ in range(3))
+    theirs = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None]).transpose(1, 2).flatten(2)
+    weights = torch.randn(7, 20, 32) * mask[..., None]
+    expected = torch.autograd.grad((theirs * weights).sum(), (query, key, value))
+    packed = [packing.pack(x.transpose(1, 2)) for x in (query, key, value)]
+    ours = packing.unpack(attention.grouped_attention(*packed, packing).flatten(1))
+    assert (ours - theirs * mask[..., None]).abs().max() < 1e-5
+    for gradient, reference in zip(torch.autograd.grad((ours * weights).sum(), (query, key, value)), expected):
+        assert (gradient - reference * mask[:, None, :, None]).abs().max() < 1e-5
+
+
+def test_flash_attention_hands_over_the_right_bounds():
+    """On the CPU the fused kernel is replaced by one that computes from cu_seqlens sequence by sequence."""
+    def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
+        assert cu_seq_q.dtype == torch.int32 and max_q == max_k == max(cu_seq_q.diff())
+        pieces = [x.split(cu_seq_q.diff().tolist()) for x in (query, key, value)]
+        return torch.cat([F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv)).transpose(0, 1)
+                          for qkv in zip(*pieces)])
+
+    packing = attention.Packing(random_batch(TINY, [5, 2, 9, 5, 1])[1])
+    query, key, value = torch.randn(3, 22, 4, 8)
+    with mock.patch.object(attention, "varlen_attn", kernel):
+        flash = attention.flash_attention(query, key, value, packing)
+    assert (flash - attention.grouped_attention(query, key, value, packing)).abs().max() < 1e-5
+
+
+def test_flash_attention_on_cuda():
+    if not torch.cuda.is_available():
+        raise SkipTest("no CUDA device")
+    packing = attention.Packing(random_batch(TINY, [50, 2, 9, 31, 128])[1], "cuda")
+    query, key, value = torch.randn(3, 220, 12, 32, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    outputs = [attend(query, key, value, packing) for attend in (attention.flash_attention, attention.grouped_attention)]
+    gradients = [torch.autograd.grad(output.float().square().sum(), query)[0] for output in outputs]
+    for a, b in (outputs, gradients):
+        assert (a - b).float().norm() < 0.02 * b.float().norm()
+
+
+def test_packing_comes_back_in_the_callers_order():
+    lengths = [4, 1, 6, 4, 2]
+    mask = random_batch(TINY, lengths)[1]
+    packing = attention.Packing(mask)
+    padded = torch.randn(5, 6, 3)
+    packed = packing.pack(padded)
+    assert packed.shape == (17, 3) and torch.equal(packing.unpack(packed), padded * mask[..., None])
+    assert torch.equal(packing.first(packed), padded[:, 0])
+    means = torch.stack([row[:n].mean(dim=0) for row, n in zip(padded, lengths)])
+    assert (packing.mean(packed) - means).abs().max() < 1e-6
+    assert packing.groups == [(1, 1), (1, 2), (2, 4), (1, 6)]
+    raises(ValueError, "sequence 1", attention.Packing, torch.tensor([[1, 1], [0, 0]]))
+
+
+def test_every_linear_layer_computes_real_tokens_only():
+    model, computed = BertModel(TINY).eval(), []
+    for name, module in model.bert_layers.named_modules():
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            module.register_forward_hook(lambda module, inputs, output: computed.append(output.numel() // output.size(-1)))
+    model.embed_layer_norm.register_forward_hook(lambda module, inputs, output: computed.append(output.shape[0]))
+    model(*random_batch(TINY, [3, 30, 7, 11]))
+    assert len(computed) == 1 + 2 * 8 and set(computed) == {51}, computed
+
+
+# ---------------------------------------------------------------- bert.py
+
+def test_encoder_equals_torch_transformer_encoder():
+    """Outputs and gradients, against torch's own post-norm encoder with the same weights."""
+    torch.manual_seed(1)
+    model = BertModel(TINY).eval()
+    for parameter in model.parameters():  # biases and norms away from 0 and 1, so that each counts
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, activation=F.gelu, layer_norm_eps=1e-12, batch_first=True)
+    peer = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    names = {"self_attn.out_proj": "attention_dense", "linear1": "interm_dense", "linear2": "out_dense",
+             "norm1": "attention_layer_norm", "norm2": "out_layer_norm"}
+
+    def in_peer_names(values):
+        result = {}
+        for i, kind in itertools.product(range(2), ("weight", "bias")):
+            qkv = [values[f"bert_layers.{i}.self_attention.{part}.{kind}"] for part in ("query", "key", "value")]
+            result[f"layers.{i}.self_attn.in_proj_{kind}"] = torch.cat(qkv)
+            for theirs, ours in names.items():
+                result[f"layers.{i}.{theirs}.{kind}"] = values[f"bert_layers.{i}.{ours}.{kind}"]
+        return result
+
+    peer.load_state_dict(in_peer_names(model.state_dict()))
+    ids, mask, types = random_batch(TINY, [12, 3, 1, 12, 7])
+    embedded = model.embed(ids, types).detach()
+    expected = peer(embedded, src_key_padding_mask=mask == 0) * mask[..., None]
+    ours = model(ids, mask, types)["last_hidden_state"]
+    assert (ours - expected).abs().max() < 1e-5
+    weights = torch.randn_like(ours)
+    (expected * weights).sum().backward()
+    (model.encode(embedded, mask) * weights).sum().backward()
+    gradients = in_peer_names({name: p.grad for name, p in model.named_parameters()})
+    assert largest_gradient_difference(gradients, {name: p.grad for name, p in peer.named_parameters()}) < 1e-5
+
+
+def compare_with_transformers(folder, lengths):
+    """Outputs to 1e-5, gradients to 1e-5 of the largest gradient norm, on one folder and one batch."""
+    try:
+        from transformers import BertModel as Peer
+    except ImportError:
+        raise SkipTest("transformers is not installed") from None
+    model, peer = BertModel.from_pretrained(folder).eval(), Peer.from_pretrained(folder).eval()
+    ids, mask, types = random_batch(model.config, lengths)
+    ours, theirs = model(ids, mask, types), peer(ids, mask, types)
+    hidden = theirs.last_hidden_state * mask[..., None]
+    assert (ours["last_hidden_state"] - hidden).abs().max() < 1e-5
+    assert (ours["pooler_output"] - theirs.pooler_output).abs().max() < 1e-5
+    weights, pooler_weights = torch.randn_like(hidden), torch.randn_like(theirs.pooler_output)
+    for states, pooled in ((ours["last_hidden_state"], ours["pooler_output"]), (hidden, theirs.pooler_output)):
+        ((states * weights).sum() + (pooled * pooler_weights).sum()).backward()
+    gradients = {published_name(name): p.grad for name, p in model.named_parameters()}
+    assert largest_gradient_difference(gradients, {name: p.grad for name, p in peer.named_parameters()}) < 1e-5
+
+
+def test_tiny_encoder_equals_transformers():
+    for lengths in ([9, 40, 3, 40], [1], [64, 64]):
+        compare_with_transformers(workspace() / "tiny", lengths)
+
+
+def test_full_encoders_equal_transformers():
+    if not FULL:
+        raise SkipTest("with --full")
+    compare_with_transformers(fetch_encoder(), [9, 40, 3, 40, 22])
+    compare_with_transformers(fetch_encoder(), [512, 512])
+    for config in (BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512),
+                   BertConfig()):
+        folder = workspace() / f"bert-{config.hidden_size}"
+        BertModel(config).save_pretrained(folder)
+        for lengths in ([5, 33, 17], [1], [512]):
+            compare_with_transformers(folder, lengths)
+
+
+def test_default_encoder_gives_the_stored_embeddings():
+    """Computed with transformers.BertModel 5.23.0 on the same weights: [CLS] and mean over tokens, first six values."""
+    if not FULL and not (cache_folder() / DEFAULT_ENCODER / "model.safetensors").exists():
+        raise SkipTest("the default encoder is not in the cache; with --full it is fetched")
+    folder = fetch_encoder()
+    encodings = load_tokenizer(folder).encode_batch(["The film is a quiet triumph.", "Nobody asked for this sequel, did they?"])
+    ids = torch.zeros(2, max(len(e.ids) for e in encodings), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, e in enumerate(encodings):
+        ids[i, :len(e.ids)], mask[i, :len(e.ids)] = torch.tensor(e.ids), 1
+    assert ids.tolist() == STORED_IDS
+    with torch.no_grad():
+        outputs = BertModel.from_pretrained(folder).eval()(ids, mask)
+    hidden = outputs["last_hidden_state"]
+    assert (hidden[:, 0, :6] - torch.tensor(STORED_CLS)).abs().max() < 1e-5
+    assert (hidden.sum(1)[:, :6] / mask.sum(1, keepdim=True) - torch.tensor(STORED_MEAN)).abs().max() < 1e-5
+    assert (outputs["pooler_output"][:, :6] - torch.tensor(STORED_POOLER)).abs().max() < 1e-5
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    model = BertModel(TINY).eval()
+    ids, mask, types = random_batch(TINY, [6, 14, 6, 30, 1])
+    together = model(ids, mask, types)
+    for i, length in enumerate([6, 14, 6, 30, 1]):
+        for width in (length, 64):  # alone, and alone but padded further
+            row = [F.pad(x[i:i + 1, :length], (0, width - length)) for x in (ids, mask, types)]
+            alone = model(*row)
+            difference = alone["last_hidden_state"][0, :length] - together["last_hidden_state"][i, :length]
+            assert difference.abs().max() < 1e-6
+            assert (alone["pooler_output"][0] - together["pooler_output"][i]).abs().max() < 1e-6
+
+
+def test_embed_and_encode_make_up_forward():
+    model = BertModel(TINY).eval()
+    ids, mask, _ = random_batch(TINY, [6, 14, 6])
+    whole = model(ids, mask)["last_hidden_state"]
+    assert (model.encode(model.embed(ids), mask) - whole).abs().max() < 1e-6
+    assert torch.equal(model(ids, mask, torch.zeros_like(ids))["last_hidden_state"], whole)  # token types default to 0
+    assert not torch.equal(model(ids, mask, mask)["last_hidden_state"], whole)
+    assert (whole * (1 - mask)[..., None]).abs().max() == 0
+    raises(ValueError, "64 positions", model, torch.ones(1, 65, dtype=torch.long), torch.ones(1, 65))
+
+
+def test_checkpoints_of_every_age_load():
+    """Names of 2018 and of now, with and without prefix, pooler and MLM head, safetensors and pickle; nothing silently."""
+    torch.manual_seed(2)
+    model = BertModel(TINY)
+    published = {published_name(name): tensor.clone() for name, tensor in model.state_dict().items()}
+    assert len(published) == 39 and {our_name(name) for name in published} == set(model.state_dict())
+
+    def load(tensors, pickled=False):
+        folder = Path(tempfile.mkdtemp(dir=workspace()))
+        TINY.save(folder)
+        torch.save(tensors, folder / "pytorch_model.bin") if pickled else save_file(tensors, folder / "model.safetensors")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            return BertModel.from_pretrained(folder).state_dict(), said.getvalue()
+
+    old = {"bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+           for name, tensor in published.items()}
+    for tensors in (published, old, {**old, "bert.embeddings.position_ids": torch.arange(64)[None]},
+                    {name: tensor.double() for name, tensor in published.items()}):
+        for pickled in (False, True):
+            loaded, said = load(tensors, pickled)
+            assert same(loaded, model.state_dict()) and said == "", said
+    loaded, said = load({**old, "cls.predictions.bias": torch.zeros(500)})
+    assert same(loaded, model.state_dict()) and "left unused: cls.predictions.bias" in said
+    loaded, said = load({name: tensor for name, tensor in published.items() if "pooler" not in name})
+    assert "no pooler" in said and torch.equal(loaded["word_embedding.weight"], model.word_embedding.weight)
+    raises(InputError, "no tensor for embed_layer_norm.weight", load,
+           {name: tensor for name, tensor in published.items() if name != "embeddings.LayerNorm.weight"})
+    raises(InputError, "has shape (499, 16)", load, {**published, "embeddings.word_embeddings.weight": torch.zeros(499, 16)})
+    raises(InputError, "position_ids is not", load, {**published, "embeddings.position_ids": torch.arange(64)[None] + 1})
+
+
+def test_a_pickle_with_a_payload_is_not_run():
+    folder = Path(tempfile.mkdtemp(dir=workspace()))
+    TINY.save(folder)
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "owned"),)
+
+    with open(folder / "pytorch_model.bin", "wb") as file:
+        pickle.dump({"embeddings.LayerNorm.weight": Payload()}, file)
+    raises(InputError, "cannot be read as tensors alone", BertModel.from_pretrained, folder)
+    assert not (folder / "owned").exists()
+
+
+def test_transformers_opens_what_a_run_saves():
+    status, said, folder = run("--pooling", "cls")
+    assert status == 0, said
+    compare_with_transformers(folder, [4, 9])
+
+
+# ---------------------------------------------------------------- optimizer.py
+
+def test_adamw_is_the_written_out_formula():
+    torch.manual_seed(3)
+    for correct_bias, weight_decay in itertools.product((True, False), (0.0, 0.1)):
+        parameter = nn.Parameter(torch.randn(300, dtype=torch.float64))
+        theta, m, v = parameter.detach().clone(), 0, 0
+        optimizer = AdamW([parameter], lr=1e-2, weight_decay=weight_decay, correct_bias=correct_bias)
+        for t in range(1, 1001):
+            g = torch.randn(len(theta), dtype=torch.float64)
+            parameter.grad = g.clone()
+            optimizer.step()
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            a = 1e-2 * math.sqrt(1 - 0.999 ** t) / (1 - 0.9 ** t) if correct_bias else 1e-2
+            theta = theta - a * m / (v.sqrt() + 1e-6)
+            theta = theta - 1e-2 * weight_decay * theta
+        assert (parameter - theta).abs().max() < 1e-12
+
+
+def test_adamw_works_in_chunks():
+    """A parameter longer than a chunk, and one whose memory is not contiguous, move like their numbers one by one."""
+    torch.manual_seed(3)
+    long, turned = nn.Parameter(torch.randn(2 * 70000)), nn.Parameter(torch.randn(4, 6).t())
+    for parameter in (long, turned):
+        g = torch.randn(parameter.shape)
+        expected = parameter.detach() - 0.1 * math.sqrt(0.001) / 0.1 * 0.1 * g / ((0.001 * g * g).sqrt() + 1e-6)
+        parameter.grad = g
+        AdamW([parameter], lr=0.1).step()
+        assert (parameter - expected).abs().max() < 1e-5
+
+
+def test_adamw_equals_torch_where_both_are_the_same_step():
+    """Weight decay 0, torch's eps = eps / sqrt(1 - b2^t)."""
+    torch.manual_seed(4)
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 50, dtype=torch.float64)) for _ in range(2))
+    optimizer, peer = AdamW([ours], lr=1e-2), torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.0)
+    for t in range(1, 101):
+        ours.grad = torch.randn(50, dtype=torch.float64)
+        theirs.grad = ours.grad.clone()
+        peer.param_groups[0]["eps"] = 1e-6 / math.sqrt(1 - 0.999 ** t)
+        optimizer.step()
+        peer.step()
+    assert (ours - theirs).abs().max() < 1e-12
+
+
+def test_adamw_leaves_a_parameter_without_gradient_alone():
+    moved, idle = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = AdamW([moved, idle], lr=0.1, weight_decay=0.1)
+    for parameter in (moved, idle):
+        parameter.grad = torch.ones(3)
+    optimizer.step()
+    before, state = idle.detach().clone(), {k: torch.as_tensor(x).clone() for k, x in optimizer.state[idle].items()}
+    idle.grad = None
+    optimizer.step()
+    assert torch.equal(idle, before) and all(torch.equal(torch.as_tensor(optimizer.state[idle][k]), state[k]) for k in state)
+    assert optimizer.state[moved]["step"] == 2
+    raises(ValueError, "invalid lr", AdamW, [moved], lr=-1.0)
+
+
+def test_adamw_state_survives_saving():
+    def build():
+        torch.manual_seed(5)
+        parameters = [nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(4, 6).t())]  # one not contiguous
+        return parameters, AdamW([{"params": parameters[:1], "weight_decay": 0.1}, {"params": parameters[1:]}], lr=0.1)
+
+    def steps(parameters, optimizer, seeds):
+        for seed in seeds:
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+
+    whole, optimizer = build()
+    steps(whole, optimizer, range(6))
+    parameters, optimizer = build()
+    steps(parameters, optimizer, range(3))
+    buffer = io.BytesIO()
+    torch.save((optimizer.state_dict(), [p.data for p in parameters]), buffer)
+    buffer.seek(0)
+    state, values = torch.load(buffer, weights_only=True)
+    parameters, optimizer = build()
+    optimizer.load_state_dict(state)
+    for parameter, value in zip(parameters, values):
+        parameter.data.copy_(value)
+    steps(parameters, optimizer, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(whole, parameters))
+
+
+# ---------------------------------------------------------------- pcgrad.py
+
+def pcgrad_reference(gradients, seed):
+    """Algorithm 1 of Yu et al. 2020 on whole vectors, a plain double loop."""
+    import random
+    shuffle = random.Random(seed).shuffle
+    update = torch.zeros_like(gradients[0])
+    for i in range(len(gradients)):
+        g = gradients[i].clone()
+        others = [j for j in range(len(gradients)) if j != i]
+        shuffle(others)
+        for j in others:
+            if g @ gradients[j] < 0:
+                g = g - (g @ gradients[j]) / (gradients[j] @ gradients[j]) * gradients[j]
+        update = update + g
+    return update
+
+
+def buffered_update(gradients, surgery="pcgrad", seed=0):
+    """The update that GradientBuffer makes of given gradients: the loss of task i is g_i . theta."""
+    sizes = [3, len(gradients[0]) - 3]
+    shared = [nn.Parameter(torch.randn(size)) for size in sizes]
+    tasks = [f"task{i}" for i in range(len(gradients))]
+    buffer = pcgrad.GradientBuffer(shared, [], tasks, surgery)
+    buffer.zero()
+    for task, g in zip(tasks, gradients):
+        buffer.backward(task, sum((p * piece).sum() for p, piece in zip(shared, g.split(sizes))))
+    buffer.combine(seed)
+    return torch.cat([p.grad for p in shared])
+
+
+def test_pcgrad_agrees_with_a_double_loop():
+    generator = torch.Generator().manual_seed(6)
+    for K, case in itertools.product(range(2, 7), range(100)):
+        gradients = torch.randn(K, 12, generator=generator) * 10 ** torch.randn(K, 1, generator=generator)
+        ours = buffered_update(gradients, seed=case)
+        expected = pcgrad_reference(gradients.double(), seed=case)
+        assert (ours - expected).norm() < 1e-5 * gradients.norm(), (K, case)
+
+
+def test_pcgrad_leaves_no_conflict_between_two():
+    g = torch.tensor([[2.0, 1.0, -3.0, 1.0], [-1.0, 0.5, 1.0, 2.0]])
+    projected = pcgrad.pcgrad(pcgrad.gram_matrix(g), seed=0).float() @ g
+    assert g[0] @ g[1] < 0 and abs(projected[0] @ g[1]) < 1e-5 and abs(projected[1] @ g[0]) < 1e-5
+
+
+def test_pcgrad_without_conflict_is_the_plain_sum():
+    g = torch.rand(4, 9)  # all products positive
+    assert torch.equal(buffered_update(g), buffered_update(g, surgery=None))
+    assert torch.equal(buffered_update(g), g[0] + g[1] + g[2] + g[3])
+
+
+def test_pcgrad_works_on_the_whole_vector():
+    """By tensor (the first three numbers, the last two) the first pieces conflict; as a whole nothing does."""
+    g = torch.tensor([[1.0, 0.0, 0.0, 5.0, 5.0], [-1.0, 0.0, 0.0, 5.0, 5.0]])
+    assert torch.equal(buffered_update(g), g.sum(0))
+
+
+def test_pcgrad_order_is_drawn_for_each_task():
+    """Three tasks: other seeds, other orders, for each task its own; equal seeds, equal updates."""
+    g = torch.tensor([[1.0, 0.2, 0.0], [-1.0, 1.0, 0.3], [-0.5, -1.0, 1.0]])
+    W = [pcgrad.pcgrad(pcgrad.gram_matrix(g), seed) for seed in range(40)]
+    assert torch.equal(W[0], pcgrad.pcgrad(pcgrad.gram_matrix(g), 0))
+    patterns = {tuple(tuple(round(x, 6) for x in row) for row in w.tolist()) for w in W}
+    assert len(patterns) > 2, "one order shuffled for all tasks gives few patterns"
+
+
+def test_pcgrad_of_a_zero_gradient():
+    g = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0], [-1.0, -2.0, 1.0, 0.0]])
+    update = buffered_update(g)
+    assert update.isfinite().all() and (update - pcgrad_reference(g[[0, 2]].double(), 0)).abs().max() < 1e-5
+
+
+def three_task_model(**kwargs):
+    """A tiny model of three tasks, in train mode, and their tokenised demo examples."""
+    root = workspace()
+    torch.manual_seed(7)
+    pair_head = {"para": "cross", "sts": "cross", **kwargs.pop("pair_head", {})}
+    model = MultitaskBERT(BertModel.from_pretrained(root / "tiny"), ["sst", "para", "sts"], pair_head,
+                          kwargs.pop("pooling", "mean"), 0.0, **kwargs)
+    tokenizer = load_tokenizer(root / "tiny")
+    examples = {name: tokenize(read_examples(root / "data" / TASKS[name].filename("train"), TASKS[name]), tokenizer, 64,
+                               pair_head.get(name) == "cross") for name in ("sst", "para", "sts")}
+    return model.train(), examples
+
+
+def test_heads_keep_their_own_gradient_and_idle_ones_none():
+    model, examples = three_task_model()
+    shared = model.shared_parameters()
+    buffer = pcgrad.GradientBuffer(shared, model.heads.parameters(), ["sst", "para", "sts"], "pcgrad")
+    for tasks in (["sst", "para", "sts"], ["sst"]):
+        buffer.zero()
+        expected = {}
+        for task in tasks:
+            torch.manual_seed(8)
+            loss = model.loss(task, collate(examples[task], np.arange(4)))
+            expected[task] = torch.autograd.grad(loss, list(model.heads[task].parameters()))
+            torch.manual_seed(8)
+            buffer.backward(task, model.loss(task, collate(examples[task], np.arange(4))))
+        buffer.combine(0)
+        for task, head in model.heads.items():
+            for parameter, gradient in zip(head.parameters(), expected.get(task, [None, None])):
+                assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
+    assert model.bert.pooler_dense.weight.grad is None  # mean pooling: no task reaches the pooler
+
+
+def test_sparse_embedding_gradients_are_the_dense_bits():
+    rows = []
+    for sparse in (False, True):
+        model, examples = three_task_model()
+        model.bert.embed_dropout.p = 0.0
+        model.bert.word_embedding.sparse = sparse
+        buffer = pcgrad.GradientBuffer(model.shared_parameters(), [], ["sst", "para"], "pcgrad")
+        for task in ("sst", "para"):
+            torch.manual_seed(9)
+            buffer.backward(task, model.loss(task, collate(examples[task], np.arange(8))))
+        rows.append(buffer.J.clone())
+    assert rows[0].abs().sum(1).min() > 0 and torch.equal(*rows)
+
+
+# ---------------------------------------------------------------- data/
+
+def write(name, text):
+    path = Path(tempfile.mkdtemp(dir=workspace())) / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_demo_sets_are_whole():
+    for task, least in (("sst", (160, 40, 40)), ("para", (160, 40, 40)), ("sts", (160, 40, 40)), ("cfimdb", (20, 1, 1))):
+        seen = {}
+        for split, rows in zip(("train", "dev", "test"), least):
+            examples = read_examples(DEMO / TASKS[task].filename(split), TASKS[task], labelled=split != "test")
+            assert len(examples) >= rows and not examples.malformed
+            assert len(set(examples.ids)) == len(examples)
+            for text in itertools.chain(*examples.texts):
+                assert seen.setdefault(text.lower(), split) == split, f"in {seen[text.lower()]} and {split}: {text}"
+            if examples.labels is not None and task != "sts":
+                assert np.bincount(examples.labels.astype(int)).min() >= 0.9 * len(examples) / (TASKS[task].top + 1)
+    assert len(read_examples(DEMO / "stars-train.csv", TASKS["sst"])) == 20
+
+
+def test_reading_counts_and_names_malformed_rows():
+    def rows(n, extra=""):
+        return "\tid\tsentence\tsentiment\n" + "".join(f"{i}\tx{i}\t film {i}\t{i % 5}\n" for i in range(n)) + extra
+
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        examples = read_examples(write("a.csv", rows(200, "200\tx\tgood\t7\n201\ty\tgood\tbad\n")), TASKS["sst"])
+    assert len(examples) == 200 and examples.labels[6] == 1 and examples.texts[3] == ("film 3",)
+    assert "left out 2 malformed of 202 rows: line 202: sentiment 7 is outside 0..4; line 203: sentiment 'bad'" in said.getvalue()
+    few = write("b.csv", rows(20, "20\tx\tgood\n21\ty\t \t1\n22\tz\tgood\t1.5\n23\tz\tgood\tnan\n"))
+    raises(InputError, "4 of 24 rows are malformed: line 22: 3 fields where the header has 4", read_examples, few, TASKS["sst"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert len(read_examples(few, TASKS["sst"], skip_malformed=True)) == 20
+    for text, part in ((rows(3).replace("sentiment", "label"), "no column 'sentiment'"), ("", "the file is empty"),
+                       (rows(0), "no rows"), (b"\tid\tsentence\tsentiment\n0\tx\t\xff\t1\n", "line 2: byte 0xff is not UTF-8"),
+                       (rows(9).replace(" film 3", '"film 3'), "the quote opened in line 5")):
+        raises(InputError, part, read_examples, write("c.csv", text), TASKS["sst"])
+    raises(InputError, "no such file", read_examples, Path("nowhere.csv"), TASKS["sst"])
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        plain = read_examples(write("d.csv", rows(9)), TASKS["sst"])
+        for variant in ("\ufeff" + rows(9), rows(9).replace("\n", "\r\n"), rows(9).rstrip("\n"), rows(9) + "\n\n"):
+            other = read_examples(write("e.csv", variant), TASKS["sst"])
+            assert other.texts == plain.texts and (other.labels == plain.labels).all()
+    quoted = read_examples(write("f.csv", 'sentiment\tid\tmore\tsentence\n3\tx\t-\t"He said ""no"",\nthen left."\n'), TASKS["sst"])
+    assert quoted.texts == [('He said "no",\nthen left.',)] and quoted.labels.tolist() == [3]
+    test = read_examples(write("g.csv", "0\t\tid\tsentence\n1\t0.0\tx\tA film.\n"), TASKS["cfimdb"], labelled=False)
+    assert test.ids == ["x"] and test.labels is None
+
+
+def test_tokens_are_berts_and_are_cut_aloud():
+    tokenizer = load_tokenizer(workspace() / "tiny")
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    header = "\tid\tsentence1\tsentence2\tsimilarity\n"
+    path = write("a.csv", header + "0\tx\tThe cat a a a a\tthe dog\t1\n1\ty\tthe\tthe cat\t2\n")
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in ("the cat a a a a", "the dog")]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        (whole, first), = tokenize(read_examples(path, TASKS["sts"]), tokenizer, 64, cross=True).tokens[0]
+        assert whole.tolist() == [cls, *ids[0], sep, *ids[1], sep] and first == len(ids[0]) + 2
+        limit = len(ids[1]) * 2 + 3
+        (cut, first), = tokenize(read_examples(path, TASKS["sts"]), tokenizer, limit, cross=True).tokens[0]
+        assert cut.tolist() == [cls, *ids[0][:len(ids[1])], sep, *ids[1], sep]  # the longer side gives way
+        apart = tokenize(read_examples(path, TASKS["sts"]), tokenizer, 64, cross=False).tokens
+    assert [ids.tolist() for ids, _ in apart[0]] == [[cls, *side, sep] for side in ids]
+    assert f"cut 1 of 2 rows to {limit} tokens" in said.getvalue()
+    examples = tokenize(read_examples(path, TASKS["sts"]), tokenizer, 64, cross=True)
+    batch = collate(examples, np.array([1, 0]))
+    assert batch.token_type_ids.sum(1).tolist() == [len(row[0][0]) - row[0][1] for row in (examples.tokens[1], examples.tokens[0])]
+    assert batch.labels.tolist() == [2, 1] and batch.attention_mask.sum(1).tolist() == [len(examples.tokens[i][0][0]) for i in (1, 0)]
+    examples.tokens = apart
+    assert collate(examples, np.array([0, 1])).input_ids.shape[0] == 4
+
+
+def test_evaluation_batches_hold_every_row_once():
+    _, examples = three_task_model()
+    for tokens in (1, 50, 10 ** 6):
+        batches = list(evaluation_batches(examples["para"], tokens=tokens))
+        assert sorted(np.concatenate([batch.rows for batch in batches]).tolist()) == list(range(len(examples["para"])))
+        assert all(len(batch.rows) == 1 or batch.attention_mask.sum() <= tokens for batch in batches)
+
+
+def test_schedules_hold_what_they_say():
+    sizes = {"sst": 50, "para": 203, "sts": 31}
+
+    def epoch(name, batch_size=8, epoch_length="longest", e=0, seed=1):
+        return list(Schedule(name, sizes, batch_size, epoch_length, seed).epoch(e))
+
+    def rows(steps, task):
+        return [row for step in steps for name, rows in step if name == task for row in rows.tolist()]
+
+    steps = epoch("sequential")
+    assert [step[0][0] for step in steps] == ["sst"] * 7 + ["para"] * 26 + ["sts"] * 4 and all(len(step) == 1 for step in steps)
+    assert all(sorted(rows(steps, task)) == list(range(size)) for task, size in sizes.items())
+    assert [step[0][0] for step in epoch("sequential", epoch_length=10)] == ["sst"] * 2 + ["para"] * 7 + ["sts"]
+    assert len(epoch("sequential", epoch_length="shortest")) == 12
+    steps = epoch("round_robin")
+    assert len(steps) == 26 and all([name for name, _ in step] == list(sizes) for step in steps)
+    assert sorted(rows(steps, "para")) == list(range(203)) and len(rows(steps, "sts")) == 6 * 31 + 2 * 8
+    assert sorted(rows(steps[:7], "sst")) == list(range(50)) == sorted(rows(steps[7:14], "sst"))  # others start over
+    assert len(epoch("round_robin", epoch_length="shortest")) == 4 and len(epoch("round_robin", epoch_length=9)) == 9
+    own = epoch("round_robin", batch_size={"sst": 2, "para": 24, "sts": 2})
+    assert [len(r) for _, r in own[0]] == [2, 24, 2] and len(own) == 25
+    mixed = epoch("mixed")
+    assert len(mixed) == 12 and all(sorted(rows(mixed, task)) == list(range(size)) for task, size in sizes.items())
+    assert all(abs(len(r) - sizes[name] / 12) < 1 for step in mixed for name, r in step)
+    # the batches of the next epoch, and those of another seed, are composed anew; the same ones come again
+    for name in ("sequential", "round_robin", "mixed"):
+        first = {frozenset(r.tolist()) for step in epoch(name) for _, r in step}
+        assert first == {frozenset(r.tolist()) for step in epoch(name) for _, r in step}
+        for other in (epoch(name, e=1), epoch(name, seed=2)):
+            assert len(first & {frozenset(r.tolist()) for step in other for _, r in step}) < 0.2 * len(first)
+
+
+def test_a_stream_is_a_function_of_its_position():
+    forwards = [Stream(10, 3, 1, "sst").rows(n).tolist() for n in range(12)]
+    stream = Stream(10, 3, 1, "sst")
+    assert [stream.rows(n).tolist() for n in reversed(range(12))] == forwards[::-1]
+    assert [len(batch) for batch in forwards[:4]] == [3, 3, 3, 1]
+    assert seed_of(1, 2, "sst") != seed_of(12, "sst") and 0 <= seed_of("x") < 2 ** 63
+
+
+def test_download_resumes_and_counts_rows():
+    """From a server on this machine that breaks off in the middle of a file."""
+    served = Path(tempfile.mkdtemp(dir=workspace()))
+    body = ("\tid\tsentence\tsentiment\n" + "".join(f"{i}\tx{i}\t film\t1\n" for i in range(5000))).encode()
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            requests.append(start)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            self.wfile.write(body[start:start + 30000] if len(requests) == 1 else body[start:])
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}/"
+    try:
+        with mock.patch.object(download, "ROWS", {"a.csv": 5000}), contextlib.redirect_stdout(io.StringIO()), \
+                contextlib.redirect_stderr(io.StringIO()):
+            failed = download.download_sets(base, served)
+            assert len(failed) == 1 and "30000 of" in failed[0] and not (served / "a.csv").exists()
+            assert download.download_sets(base, served) == [] and (served / "a.csv").read_bytes() == body
+            assert requests == [0, 30000]
+            assert download.download_sets(base, served) == [] and len(requests) == 2  # what is there stays
+        with mock.patch.object(download, "ROWS", {"b.csv": 6000}), contextlib.redirect_stderr(io.StringIO()):
+            assert "5000 rows where 6000" in download.download_sets(base, served)[0] and not (served / "b.csv").exists()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# ---------------------------------------------------------------- multitask_classifier.py
+
+def test_every_combination_runs_or_is_refused():
+    ran = refused = 0
+    for option, schedule, head, pooling, surgery in itertools.product(
+            ("pretrain", "finetune"), ("sequential", "round_robin", "mixed"), ("cross", "uv", "uv_diff", "cosine"),
+            ("cls", "mean"), ((), ("--pcgrad",))):
+        flags = ["--schedule", schedule, "--pair_head", head, "--pooling", pooling, *surgery]
+        status, said, folder = run(*flags, option=option, steps=3)
+        if surgery and (option == "pretrain" or schedule == "sequential"):
+            assert status == 2 and said.count("\n") == 1 and "--pcgrad with" in said, said
+            refused += 1
+        else:
+            assert status == 0, (option, flags, said)
+            assert "overall_2023" in said and (folder / "predictions" / "sts-test-output.csv").exists()
+            ran += 1
+    assert (ran, refused) == (64, 32)
+
+
+def test_each_flag_changes_the_run():
+    base = trained(steps=3)
+    assert same(base, trained(steps=3)), "the same flags give the same bits"
+    for flags in (["--pcgrad"], ["--seed", 1], ["--lr", 1e-3], ["--clip", 0.1], ["--warmup", 0.5], ["--weight_decay", 10],
+                  ["--lr_schedule", "constant"], ["--accumulate", 2], ["--batch_size", 4], ["--schedule", "mixed"],
+                  ["--schedule", "sequential"], ["--hidden_dropout_prob", 0.7], ["--pooling", "cls"], ["--epochs", 2],
+                  ["--pair_head", "uv"], ["--pair_head", "para=uv,sts=cosine"], ["--tasks", "sts,para,sst"],
+                  ["--tasks", "cfimdb"], ["--sst_train", workspace() / "data" / "ids-sst-dev.csv"]):
+        assert not same(base, trained(*flags, steps=3)), flags
+    frozen = trained(steps=3, option="pretrain")
+    encoder = load_file(workspace() / "tiny" / "model.safetensors")
+    assert all(torch.equal(frozen[name], encoder[name]) for name in encoder)
+    assert not same({n: t for n, t in frozen.items() if n not in encoder}, {n: t for n, t in base.items() if n not in encoder})
+
+
+def test_amp_runs_or_is_refused():
+    status, said, _ = run("--amp")
+    assert status == 0 if torch.cpu._is_avx512_bf16_supported() else (status == 2 and "bfloat16" in said), said
+
+
+def test_gpu_is_used_or_refused():
+    status, said, _ = run("--use_gpu")
+    at_hand = torch.cuda.is_available() or torch.backends.mps.is_available()
+    assert status == 0 if at_hand else (status == 2 and "--use_gpu" in said), said
+
+
+def test_accumulated_steps_add_up():
+    """Two steps of one row each, added, are one update: that of the summed losses."""
+    model, examples = three_task_model()
+    model.eval()  # no dropout
+    buffer = pcgrad.GradientBuffer(model.shared_parameters(), [], ["sst"], None)
+    for row in (0, 1):
+        buffer.backward("sst", model.loss("sst", collate(examples["sst"], np.array([row]))))
+    buffer.combine(0)
+    twice = 2 * model.loss("sst", collate(examples["sst"], np.array([0, 1])))
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(twice, model.shared_parameters())])
+    assert (buffer.J[0] - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_learning_rate_rises_and_falls():
+    class args:
+        lr, warmup, lr_schedule = 2.0, 0.25, "linear"
+    rates = [multitask_classifier.learning_rate(args, progress) for progress in (0, 0.125, 0.25, 0.625, 1)]
+    assert rates == [0, 1, 2, 1, 0]
+    args.lr_schedule = "constant"
+    assert multitask_classifier.learning_rate(args, 0.9) == 2
+    args.warmup = 0
+    assert multitask_classifier.learning_rate(args, 0) == 2
+
+
+def test_heads_compute_their_formulas():
+    u, v = torch.randn(2, 6, 16)
+    pooled = torch.cat([u, v])
+    for kind, features in (("uv", [u, v]), ("uv_diff", [u, v, (u - v).abs()])):
+        head = multitask_classifier.Head(TASKS["para"], kind, 16, 0.0)
+        expected = torch.cat(features, 1) @ head.linear.weight.T + head.linear.bias
+        assert (head(pooled) - expected).abs().max() < 1e-6
+    cosine = (u * v).sum(1) / u.norm(dim=1) / v.norm(dim=1)
+    assert (multitask_classifier.Head(TASKS["sts"], "cosine", 16, 0.0)(pooled)[:, 0] - 5 * cosine).abs().max() < 1e-5
+    head = multitask_classifier.Head(TASKS["para"], "cosine", 16, 0.0)
+    assert (head(pooled)[:, 0] - head.weight * cosine - head.bias).abs().max() < 1e-5 and head.weight.requires_grad
+    loss, labels = multitask_classifier.task_loss, torch.tensor([0.0, 1.0])
+    assert abs(loss(TASKS["sst"], torch.zeros(2, 5), labels) - math.log(5)) < 1e-6
+    assert abs(loss(TASKS["para"], torch.zeros(2, 1), labels) - math.log(2)) < 1e-6
+    assert loss(TASKS["sts"], torch.tensor([[2.0], [4.0]]), labels) == (4 + 9) / 2
+
+
+def test_pooling_is_the_poolers_or_the_mean():
+    for pooling in ("cls", "mean"):
+        model, examples = three_task_model(pooling=pooling)
+        model.eval()
+        batch = collate(examples["para"], np.arange(6))
+        outputs = model.bert(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        expected = (outputs["pooler_output"] if pooling == "cls" else
+                    outputs["last_hidden_state"].sum(1) / batch.attention_mask.sum(1, keepdim=True))
+        pooled = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        assert (pooled - expected).abs().max() < 1e-6
+        reached = any(p is model.bert.pooler_dense.weight for p in model.shared_parameters())
+        assert reached == (pooling == "cls")
+
+
+def test_evaluation_restores_train_mode_and_order():
+    model, examples = three_task_model()
+    for training in (True, False):
+        model.train(training)
+        whole = multitask_classifier.predict(model, "sts", examples["sts"])
+        assert model.training == model.bert.training == training
+        some = multitask_classifier.predict(model, "sts", examples["sts"], np.array([7, 2, 11]))
+        assert np.abs(some - whole[[7, 2, 11]]).max() < 1e-5
+    frozen, _ = three_task_model(option="pretrain")
+    assert frozen.training and not frozen.bert.training, "a frozen encoder runs without dropout"
+
+
+def test_scores():
+    labels = np.array([0, 1, 2, 3], dtype=np.float32)
+    assert multitask_classifier.score("sst", np.array([0, 1, 0, 0]), labels) == 0.5
+    assert abs(multitask_classifier.score("sts", 3 * labels - 1, labels) - 1) < 1e-6
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert multitask_classifier.score("sts", np.ones(4), labels) == 0 and "constant" in said.getvalue()
+    overall = multitask_classifier.overall({"sst": 0.5, "para": 0.8, "sts": 0.2})
+    assert abs(overall["overall_2023"] - 0.5) < 1e-9 and abs(overall["overall_2024"] - 1.9 / 3) < 1e-9
+    assert multitask_classifier.overall({"sst": 0.5}) == {}
+
+
+def test_a_run_leaves_what_it_promises():
+    status, said, folder = run("--epochs", 2, "--pair_head", "para=cosine,sts=uv_diff", steps=2)
+    assert status == 0, said
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"args.json", "metrics.jsonl", "config.json", "model.safetensors", "vocab.txt", "heads.safetensors",
+                     "curves.png", "predictions"}, files
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["step", "evaluation"] * 2
+    best = max((line for line in lines if line["kind"] == "evaluation"), key=lambda line: line["overall_2023"])
+    assert f"best epoch {best['epoch']}:" in said
+    # the saved model is that of the best epoch, and its predictions, read back from the submission, have its scores
+    model = MultitaskBERT.load(folder)
+    tokenizer = load_tokenizer(folder)
+    for task in ("sst", "para", "sts"):
+        examples = read_examples(workspace() / "data" / TASKS[task].filename("dev"), TASKS[task])
+        text = (folder / "predictions" / f"{task}-dev-output.csv").read_text().splitlines()
+        assert text[0] == f"id \t {TASKS[task].heading} "
+        assert [line.split(" , ")[0] for line in text[1:]] == examples.ids
+        predictions = np.array([float(line.split(" , ")[1]) for line in text[1:]])
+        assert abs(multitask_classifier.score(task, predictions, examples.labels) - best["dev"][task]) < 1e-6
+        tokenize(examples, tokenizer, 64, cross=False)
+        assert np.abs(multitask_classifier.predict(model, task, examples) - predictions).max() < 1e-5
+    raises(InputError, "not a finished run", MultitaskBERT.load, workspace() / "tiny")
+
+
+def test_a_small_batch_is_learnt_by_heart():
+    model, examples = three_task_model()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    buffer = pcgrad.GradientBuffer(model.shared_parameters(), model.heads.parameters(), examples, "pcgrad")
+    optimizer, losses = AdamW([p for p in model.parameters()], lr=3e-3), []
+    for step in range(150):
+        buffer.zero()
+        total = 0
+        for task in examples:
+            loss = model.loss(task, collate(examples[task], np.arange(4)))
+            buffer.backward(task, loss)
+            total += loss.item()
+        buffer.combine(step)
+        optimizer.step()
+        losses.append(total)
+    assert losses[0] > 2 and losses[-1] < 0.05, losses[::30]
+
+
+def test_bad_input_gives_one_line_and_status_2():
+    root = workspace()
+    broken = Path(tempfile.mkdtemp(dir=root))
+    for path in (root / "data").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "sts-dev.csv").unlink()
+    no_config, wrong_shape = (Path(tempfile.mkdtemp(dir=root)) for _ in range(2))
+    for path in (root / "tiny").iterdir():
+        (wrong_shape / path.name).write_bytes(path.read_bytes())
+    config = json.loads((wrong_shape / "config.json").read_text())
+    (wrong_shape / "config.json").write_text(json.dumps({**config, "intermediate_size": 33}))
+    taken = run()[2]
+    table = [
+        (["--tasks", "sst,imdb"], "unknown task 'imdb'"),
+        (["--tasks", "sst,sst"], "named twice"),
+        (["--schedule", "alternating"], "invalid choice: 'alternating'"),
+        (["--option", "freeze"], "invalid choice: 'freeze'"),
+        (["--pair_head", "concat"], "unknown head 'concat'"),
+        (["--pair_head", "sst=uv,para=uv,sts=uv"], "'sst' is none of the tasks it applies to here (para, sts)"),
+        (["--pair_head", "para=uv"], "no value for sts"),
+        (["--tasks", "sst", "--pair_head", "uv"], "no pair task"),
+        (["--batch_size", "sst=2,yelp=3"], "'yelp' is none of the tasks"),
+        (["--batch_size", "0"], "argument --batch_size"),
+        (["--batch_size", "sst=2,para=x,sts=2"], "argument --batch_size"),
+        (["--epoch_length", "long"], "not longest, shortest or a number"),
+        (["--epoch_length", "0"], "not longest, shortest or a number"),
+        (["--lr", "-1"], "argument --lr"),
+        (["--lr", "nan"], "argument --lr"),
+        (["--hidden_dropout_prob", "1"], "argument --hidden_dropout_prob"),
+        (["--epochs", "0"], "argument --epochs"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--pcgrad", "--tasks", "sst"], "--pcgrad with one task"),
+        (["--model", str(root / "nowhere" / "at" / "all")], "--model"),
+        (["--model", str(no_config)], "config.json: cannot be read"),
+        (["--model", str(wrong_shape)], "has shape (32,), config.json asks for (33,)"),
+        (["--data_dir", str(broken)], "sts-dev.csv: no such file"),
+        (["--sst_test", str(root / "gone.csv")], "gone.csv: no such file"),
+        (["--sts_train", str(root / "data" / "ids-sst-train.csv")], "no column 'sentence1'"),
+        (["--name", str(taken)], "there is a run of this name"),
+    ]
+    for flags, part in table:
+        status, said, _ = run(*flags)
+        assert status == 2 and part in said and "Traceback" not in said, (flags, status, said)
+        last = said.splitlines()[-1]  # the error is one line, after what was said before it
+        assert last.startswith(f"{Path(sys.argv[0]).name}: ") and part in last, said
+    (broken / "sts-dev.csv").write_bytes((root / "data" / "sts-dev.csv").read_bytes())
+    (broken / "sts-test-student.csv").unlink()
+    status, said, folder = run("--data_dir", broken)
+    assert status == 0 and "so no predictions for sts test" in said  # an optional file: said, and the run goes on
+    assert not (folder / "predictions" / "sts-test-output.csv").exists()
+
+
+def test_demo_run_learns():
+    """The README's command with the default encoder (fetched once)."""
+    if not FULL:
+        raise SkipTest("with --full")
+    folder = workspace() / "demo"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert multitask_classifier.main(["--option", "finetune", "--pcgrad", "--data_dir", str(DEMO), "--name", str(folder)]) == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    dev = max((line for line in lines if line["kind"] == "evaluation"), key=lambda line: line["overall_2023"])["dev"]
+    assert dev["sst"] >= 0.40 and dev["para"] >= 0.75 and dev["sts"] >= 0.70, said.getvalue()
+
+
+# ---------------------------------------------------------------- stored values and the runner
+
+STORED_IDS = [[101, 1996, 2143, 2003, 1037, 4251, 10911, 1012, 102, 0, 0], [101, 6343, 2356, 2005, 2023, 8297, 1010, 2106, 2027, 1029, 102]]
+STORED_CLS = [[-0.2285301, -0.0404145, 0.417334, -0.0190319, -0.154999, 0.0167786], [0.0205113, 0.0973974, 0.1900676, -0.0039369, 0.0941866, 0.1808437]]
+STORED_MEAN = [[-0.0309636, 0.1109137, 0.0930861, 0.0387746, -0.2119545, 0.1756335], [-0.3196696, 0.2232597, 0.1744754, 0.0761012, -0.2033074, -0.2638388]]
+STORED_POOLER = [[-0.0520373, -0.0431513, 0.0213192, 0.0768633, -0.0953051, 0.0144682], [-0.0112392, 0.0450846, 0.0587121, 0.0795594, -0.1073437, -0.0098406]]
+
+
+def main(words):
+    passed = failed = skipped = 0
+    for name, check in list(globals().items()):
+        if not name.startswith("test_") or not all(word in name for word in words):
+            continue
+        start = time.perf_counter()
+        try:
+            check()
+        except SkipTest as reason:
+            skipped += 1
+            print(f"skip  {name[5:].replace('_', ' ')}: {reason}", flush=True)
+        except Exception:
+            failed += 1
+            print(f"FAIL  {name[5:].replace('_', ' ')}\n{traceback.format_exc()}", flush=True)
+        else:
+            passed += 1
+            print(f"ok    {name[5:].replace('_', ' ')} ({time.perf_counter() - start:.1f} s)", flush=True)
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main([word for word in sys.argv[1:] if not word.startswith("--")]))
