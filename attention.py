@@ -1,11 +1,11 @@
 """Multi-head self-attention on packed tokens (Vaswani et al. 2017, section 3.2).
 
-A batch of sentences padded to the longest is mostly padding: a random batch of cross-encoded STS pairs is 42 % text. So
-the encoder drops the padding, orders the sequences by length, and lays their real tokens end to end; every linear layer,
-norm and activation then runs on the T real tokens only. Attention sees all sequences of one length as a dense
-(n, L, ...) view of a slice of those tokens, which needs no mask, no padding and no copy of the batch.
+A batch of sentences padded to the longest is mostly padding: random batches of 32 cross-encoded STS pairs are 41 % text.
+So the encoder drops the padding, orders the sequences by length, and lays their real tokens end to end; every linear
+layer, norm and activation then runs on the T real tokens only. Attention sees all sequences of one length as a dense
+(n, L, ...) view of a slice of those tokens, which needs no mask and no padding.
 
-    python attention.py        both paths on one batch, and what the padding would have cost
+    python attention.py        what the padding would have cost, and a comparison with padded, masked attention
 
 Dimensions: B sequences in the batch, L tokens in the longest, T real tokens in the batch, n sequences of one length,
 H hidden size, A attention heads, D = H / A.
@@ -17,12 +17,17 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
 
+def to_device(tensor, device):
+    """Without making the host wait where that is safe: MPS would read the memory of a temporary that is gone by then."""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 class Packing:
     """Where the real tokens of a padded batch stand once the padding is dropped and the sequences are ordered by length.
 
     attention_mask: (B, L), 1 for a real token. The lengths are needed on the host (they are the shapes of the views
     below), so a mask on the CPU spares a GPU the wait; the index tensors go to `device`.
-    Raises ValueError where a sequence has no real token.
+    Raises ValueError for an empty batch, or a sequence without a real token.
     """
 
     def __init__(self, attention_mask, device=None):
@@ -30,8 +35,10 @@ class Packing:
         mask = attention_mask.bool().cpu()  # (B, L)
         self.padded_shape = B, L = mask.shape
         lengths = mask.sum(dim=1)
-        if B == 0 or lengths.min() == 0:
-            raise ValueError(f"sequence {int(lengths.argmin()) if B else 0} of the batch has no real token")
+        if B == 0:
+            raise ValueError("the batch is empty")
+        if lengths.min() == 0:
+            raise ValueError(f"sequence {int(lengths.argmin())} of the batch has no real token")
         order = lengths.argsort(stable=True)  # packed sequence -> the caller's row
         row, column = mask[order].nonzero(as_tuple=True)
         group_length, group_size = lengths[order].unique_consecutive(return_counts=True)
@@ -40,14 +47,15 @@ class Packing:
         self.groups = list(zip(group_size.tolist(), group_length.tolist()))  # [(n, L), ...], L rising
         self.group_tokens = [n * length for n, length in self.groups]
         self.max_length = self.groups[-1][1]
-        self.positions = column.to(device, non_blocking=True)  # (T,) position of each token in its padded row
-        self.indices = (order[row] * L + column).to(device, non_blocking=True)  # (T,) into the flattened (B * L)
-        self.order = order.to(device, non_blocking=True)  # (B,)
-        self.restore = order.argsort().to(device, non_blocking=True)  # (B,) the caller's row -> packed sequence
-        self.cu_seqlens = nn.functional.pad(ends, (1, 0)).to(device, torch.int32, non_blocking=True)  # (B + 1,)
+        self.positions = to_device(column, device)  # (T,) position of each token in its padded row
+        self.indices = to_device(order[row] * L + column, device)  # (T,) into the flattened (B * L)
+        self.restore = to_device(order.argsort(), device)  # (B,) the caller's row -> packed sequence
+        self.cu_seqlens = to_device(nn.functional.pad(ends, (1, 0)).int(), device)  # (B + 1,) where each one starts
 
     def pack(self, padded):  # (B, L, ...) -> (T, ...)
-        return padded.flatten(0, 1).to(self.indices.device, non_blocking=True).index_select(0, self.indices)
+        if padded.shape[:2] != self.padded_shape:
+            raise ValueError(f"tokens {tuple(padded.shape[:2])} beside an attention mask {tuple(self.padded_shape)}")
+        return to_device(padded.flatten(0, 1), self.indices.device).index_select(0, self.indices)
 
     def unpack(self, packed):  # (T, H) -> (B, L, H), zeros on the padding
         B, L = self.padded_shape
@@ -65,7 +73,7 @@ class Packing:
 def scaled_dot_product_attention(query, key, value):
     """softmax(Q K^T / sqrt(D)) V, equation 1 of Vaswani et al. 2017. All (n, A, L, D), sequences of one length."""
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (n, A, L, L)
-    return scores.softmax(dim=-1).to(value.dtype) @ value  # (n, A, L, D)
+    return scores.softmax(dim=-1) @ value  # (n, A, L, D)
 
 
 def grouped_attention(query, key, value, packing):
@@ -78,9 +86,15 @@ def grouped_attention(query, key, value, packing):
 
 
 def flash_attention(query, key, value, packing):
-    """The same by one fused kernel over the packed tokens; CUDA and half precision only. All (T, A, D)."""
+    """The same by one fused kernel over the packed tokens, where `has_flash` says so. All (T, A, D)."""
     bounds, longest = packing.cu_seqlens, packing.max_length
     return varlen_attn(query, key, value, bounds, bounds, longest, longest)
+
+
+def has_flash(query):
+    """The fused kernel wants half precision on CUDA (Ampere or later) and heads of a width it was built for."""
+    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.size(-1) % 8 == 0
+            and query.size(-1) <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0))
 
 
 class BertSelfAttention(nn.Module):
@@ -100,8 +114,7 @@ class BertSelfAttention(nn.Module):
     def forward(self, hidden_states, packing):
         qkv = [layer(hidden_states).unflatten(-1, (self.num_attention_heads, -1))  # (T, A, D)
                for layer in (self.query, self.key, self.value)]
-        half_on_cuda = qkv[0].is_cuda and qkv[0].dtype in (torch.bfloat16, torch.float16)
-        attend = flash_attention if half_on_cuda else grouped_attention
+        attend = flash_attention if has_flash(qkv[0]) else grouped_attention
         return attend(*qkv, packing).flatten(1)
 
 
@@ -118,8 +131,7 @@ if __name__ == "__main__":
     difference = (textbook.transpose(1, 2).flatten(2) * mask[..., None] - ours).abs().max()
     print(f"{mask.numel()} padded tokens, {packing.positions.numel()} real ones, groups (n, L): {packing.groups}")
     print(f"largest difference from padded, masked attention: {difference:.1e}")
-    if torch.cuda.is_available():
-        qkv = [x.cuda().bfloat16() for x in (query, key, value)]
-        packing = Packing(mask, "cuda")
+    if torch.cuda.is_available() and has_flash(query.cuda().bfloat16()):
+        qkv, packing = [x.cuda().bfloat16() for x in (query, key, value)], Packing(mask, "cuda")
         difference = (flash_attention(*qkv, packing) - grouped_attention(*qkv, packing)).abs().max()
         print(f"largest difference between the two paths, bfloat16 on {torch.cuda.get_device_name()}: {difference:.1e}")

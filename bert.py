@@ -11,7 +11,6 @@ Dimensions: B sequences in the batch, L tokens in the longest, T real tokens in 
 """
 import dataclasses
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from attention import BertSelfAttention, Packing
-from data.download import DEFAULT_ENCODER, InputError, fetch_encoder
+from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, replace
 
 # Published name -> our name, applied from top to bottom; from bottom to top, and right to left, when saving.
 RENAMES = [
@@ -60,13 +59,18 @@ class BertConfig:
         """Read folder/config.json. Raises InputError where it is missing, broken, or describes another architecture."""
         path = Path(folder) / "config.json"
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            fields = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: cannot be read ({type(error).__name__}); a BERT folder has a config.json") from None
         for name, ours in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
             if fields.get(name, ours) != ours:
                 raise InputError(f"{path}: {name} is {fields[name]!r}, and this encoder has {ours!r} only")
         config = cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields})
+        for field in dataclasses.fields(cls):
+            value = getattr(config, field.name)
+            least = 1 if field.type is int else 0.0
+            if not isinstance(value, (field.type, int)) or value < least:
+                raise InputError(f"{path}: {field.name} is {value!r}")
         if config.hidden_size % config.num_attention_heads:
             raise InputError(f"{path}: hidden_size {config.hidden_size} is no multiple of "
                              f"num_attention_heads {config.num_attention_heads}")
@@ -75,7 +79,8 @@ class BertConfig:
     def save(self, folder):
         fields = {"architectures": ["BertModel"], "model_type": "bert", "hidden_act": "gelu",
                   "attention_probs_dropout_prob": 0.0, "pad_token_id": 0, **dataclasses.asdict(self)}
-        (Path(folder) / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        replace(Path(folder) / "config.json",
+                lambda path: path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8"))
 
 
 class BertLayer(nn.Module):
@@ -144,17 +149,17 @@ class BertModel(nn.Module):
         return packing.unpack(self.encode_packed(packing.pack(hidden_states), packing))
 
     def pack(self, input_ids, attention_mask, token_type_ids=None):
-        """Drop the padding of a batch. Raises ValueError for a sequence that is empty or longer than the positions.
+        """Drop the padding of a batch. Raises ValueError for an empty sequence, or a batch wider than the positions.
 
         Returns (T,) input_ids, (T,) token_type_ids or None, and the Packing, on the model's device.
         """
         if input_ids.size(1) > self.config.max_position_embeddings:
-            raise ValueError(f"{input_ids.size(1)} tokens in a sequence, the encoder has "
+            raise ValueError(f"a batch {input_ids.size(1)} tokens wide, and the encoder has "
                              f"{self.config.max_position_embeddings} positions")
         packing = Packing(attention_mask, self.word_embedding.weight.device)
         return packing.pack(input_ids), None if token_type_ids is None else packing.pack(token_type_ids), packing
 
-    def pool(self, first_tokens):  # (B, H) -> (B, H), appendix A.1 of the paper: tanh over the last state of [CLS]
+    def pool(self, first_tokens):  # (B, H) -> (B, H), the last states of [CLS]; as the authors' code has it
         return torch.tanh(self.pooler_dense(first_tokens))
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
@@ -180,6 +185,8 @@ class BertModel(nn.Module):
             ours = our_name(name)
             if ours not in own:
                 extra.append(name)
+            elif ours in found:
+                raise InputError(f"{path}: two tensors for {name}, with and without a prefix")
             elif tensor.shape != own[ours].shape:
                 raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
                                  f"config.json asks for {tuple(own[ours].shape)}")
@@ -202,8 +209,7 @@ class BertModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save(folder)
         tensors = {published_name(name): tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
-        os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+        replace(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def our_name(published):
@@ -229,9 +235,11 @@ def read_checkpoint(folder):
         if path.exists():
             try:
                 tensors = dict(read(path))
-            except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, OSError, EOFError) as error:
-                raise InputError(f"{path}: cannot be read as tensors alone ({type(error).__name__}); "
-                                 "it is damaged or holds more than weights") from None
+                if not all(isinstance(key, str) and isinstance(x, torch.Tensor) for key, x in tensors.items()):
+                    raise TypeError
+            except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, TypeError, OSError, EOFError) as error:
+                raise InputError(f"{path}: cannot be read as named tensors and nothing else ({type(error).__name__}); "
+                                 "it is damaged, or holds more than weights") from None
             positions = tensors.pop(next((key for key in tensors if key.endswith("embeddings.position_ids")), ""), None)
             if positions is not None and not torch.equal(positions.flatten().cpu(), torch.arange(positions.numel())):
                 raise InputError(f"{path}: position_ids is not 0, 1, 2, ..., which this encoder assumes")

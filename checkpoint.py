@@ -3,7 +3,6 @@
     python checkpoint.py RUN       draw RUN/curves.png again from RUN/metrics.jsonl
 """
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -11,12 +10,7 @@ from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-
-def replace(path, write):
-    """Write a file whole or not at all: write(temporary path in the same folder), then rename."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+from data.download import replace
 
 
 class Run:

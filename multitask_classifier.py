@@ -25,10 +25,11 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from attention import to_device
 from bert import BertModel
-from checkpoint import Run, plot_curves, replace
+from checkpoint import Run, plot_curves
 from data.batches import SCHEDULES, Schedule, collate, evaluation_batches, seed_of
-from data.download import DEFAULT_ENCODER, InputError, fetch_encoder
+from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, replace
 from data.tasks import TASKS, load_tokenizer, read_examples, tokenize
 from optimizer import AdamW
 from pcgrad import GradientBuffer
@@ -130,7 +131,7 @@ class MultitaskBERT(nn.Module):
         return self.heads[task](self(batch.input_ids, batch.attention_mask, batch.token_type_ids))
 
     def loss(self, task, batch):
-        return task_loss(TASKS[task], self.logits(task, batch), batch.labels.to(self.device, non_blocking=True))
+        return task_loss(TASKS[task], self.logits(task, batch), to_device(batch.labels, self.device))
 
     def save(self, folder, encoder_folder):
         """The encoder in the published layout with its vocabulary, and the heads beside it."""
@@ -432,13 +433,18 @@ def resolve(argv):
         raise InputError("--pcgrad with --schedule sequential: a step holds one task, so no two gradients meet; "
                          "use round_robin or mixed")
 
+    if args.option == "pretrain" and args.pair_head.get("sts") == "cosine":
+        raise InputError("--pair_head cosine for sts with --option pretrain: 5 cos(u, v) has no parameters and the encoder "
+                         "is frozen, so there is nothing to train; leave sts out of --tasks or use another head")
+
     args.device = "cpu"
     if args.use_gpu:
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
     if args.device is None:
         raise InputError("--use_gpu: torch sees neither a CUDA device nor an Apple GPU; leave the flag out to use the CPU")
     # a private name, but the only test that torch 2.11 has too
-    bfloat16 = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported, "mps": lambda: False}
+    bfloat16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+                "cpu": torch.cpu._is_avx512_bf16_supported, "mps": lambda: False}
     if args.amp and not bfloat16[args.device]():
         raise InputError(f"--amp: this {args.device} device has no bfloat16 arithmetic (a CPU needs avx512_bf16)")
     if args.name is None:
@@ -471,14 +477,17 @@ def locate(args):
     return paths
 
 
-def load_data(args, paths, encoder_folder, max_length):
-    """{task: {split: tokenised Examples}}."""
+def load_data(args, paths, encoder_folder, config):
+    """{task: {split: tokenised Examples}}. Raises InputError."""
     tokenizer = load_tokenizer(encoder_folder)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise InputError(f"{encoder_folder}: vocab.txt has {tokenizer.get_vocab_size()} word pieces, "
+                         f"the encoder {config.vocab_size} embeddings")
     data = {}
     for task, splits in paths.items():
         cross = args.pair_head.get(task) == "cross"
         data[task] = {split: tokenize(read_examples(path, TASKS[task], split != "test", args.skip_malformed),
-                                      tokenizer, max_length, cross) for split, path in splits.items()}
+                                      tokenizer, config.max_position_embeddings, cross) for split, path in splits.items()}
         print(f"{task}: " + ", ".join(f"{len(examples)} {split}" for split, examples in data[task].items()) + " rows")
     return data
 
@@ -493,7 +502,7 @@ def main(argv=None):
         encoder_folder = fetch_encoder(args.model)
         torch.manual_seed(args.seed)  # for the new heads
         bert = BertModel.from_pretrained(encoder_folder)
-        data = load_data(args, paths, encoder_folder, bert.config.max_position_embeddings)
+        data = load_data(args, paths, encoder_folder, bert.config)
         model = MultitaskBERT(bert, args.tasks, args.pair_head, args.pooling, args.hidden_dropout_prob, args.option,
                               args.amp).to(args.device)
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

@@ -8,9 +8,9 @@ Kingma & Ba 2014, algorithm 1 in the "efficient" form at the end of section 2; L
     theta <- theta - a m / (sqrt(v) + eps)
     theta <- theta - lr wd theta                lr, not a
 
-Where a reader compares with torch.optim.AdamW: torch adds eps after the bias correction (so its eps is eps / sqrt(1 - b2^t)
-here) and decays the old theta, as Loshchilov & Hutter do, where the course decays the new one (an O(lr^2 wd) difference).
-With weight decay 0 and that eps the two make the same step.
+torch.optim.AdamW adds its eps after the bias correction of v, and decays the old theta, as Loshchilov & Hutter do, where
+the course decays the new one (an O(lr^2 wd) difference). With weight decay 0 and eps_torch = eps / sqrt(1 - b2^t) the two
+make the same step.
 
     python optimizer.py        both on one problem, and the time of a step beside torch's
 """
@@ -19,18 +19,19 @@ import math
 import torch
 from torch.optim import Optimizer
 
-CHUNK = 1 << 16  # elements a pass; a chunk's four tensors stay in a core's cache, so memory is read once for all six lines
+CHUNK = 1 << 16  # elements a pass; a chunk's four tensors stay in a core's cache, so memory is read once for all formulas
 
 
 class AdamW(Optimizer):
     """AdamW(params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True), the course's constructor.
 
     A parameter whose gradient is None is left alone: no momentum, no decay, no step counted. Raises ValueError for a
-    hyperparameter out of range.
+    hyperparameter out of range, or a sparse gradient.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True):
-        for name, value, valid in (("lr", lr, lr >= 0), ("betas", betas, all(0 <= beta < 1 for beta in betas)),
+        for name, value, valid in (("lr", lr, lr >= 0),
+                                   ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
                                    ("eps", eps, eps >= 0), ("weight_decay", weight_decay, weight_decay >= 0)):
             if not valid:
                 raise ValueError(f"invalid {name}: {value}")
@@ -38,7 +39,7 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step on every parameter that has a (dense) gradient. Returns the closure's loss, if there is one."""
+        """One step on every parameter that has a gradient. Returns the closure's loss, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -47,6 +48,8 @@ class AdamW(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
+                if parameter.grad.is_sparse:
+                    raise ValueError("a sparse gradient: let autograd add it into a dense .grad, as pcgrad.py does")
                 state = self.state[parameter]
                 if not state:
                     state["step"] = 0
@@ -58,7 +61,7 @@ class AdamW(Optimizer):
 
 
 def adamw(parameter, gradient, state, group):
-    """The five formulas above on one parameter, in place."""
+    """The formulas above on one parameter, in place."""
     lr, (beta1, beta2), t = group["lr"], group["betas"], state["step"]
     step_size = lr * math.sqrt(1 - beta2 ** t) / (1 - beta1 ** t) if group["correct_bias"] else lr
     whole = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])

@@ -33,7 +33,7 @@ class GradientBuffer:
         self.shared, self.others, self.surgery = list(shared), list(others), surgery
         self.row = {task: i if surgery else 0 for i, task in enumerate(tasks)}
         sizes = [parameter.numel() for parameter in self.shared]
-        device = [*self.shared, *self.others][0].device  # of a frozen encoder nothing is shared
+        device = [*self.shared, *self.others][0].device  # with a frozen encoder nothing is shared
         self.J = torch.zeros(max(self.row.values()) + 1, sum(sizes), device=device)  # (K, P)
         self.views = [[piece.view_as(parameter) for piece, parameter in zip(row.split(sizes), self.shared)]
                       for row in self.J]
@@ -63,7 +63,7 @@ class GradientBuffer:
 
 
 def gram_matrix(J):
-    """G = J J^T in float64 on the CPU. (K, P) -> (K, K)."""
+    """G = J J^T, as float64 on the CPU. (K, P) -> (K, K)."""
     if J.device.type != "cpu":
         return (J @ J.T).cpu().double()
     gram = torch.zeros(len(J), len(J), dtype=torch.float64)

@@ -175,6 +175,7 @@ def test_packing_comes_back_in_the_callers_order():
     assert (packing.mean(packed) - means).abs().max() < 1e-6
     assert packing.groups == [(1, 1), (1, 2), (2, 4), (1, 6)]
     raises(ValueError, "sequence 1", attention.Packing, torch.tensor([[1, 1], [0, 0]]))
+    raises(ValueError, "tokens (5, 7) beside an attention mask (5, 6)", packing.pack, torch.zeros(5, 7))
 
 
 def test_every_linear_layer_computes_real_tokens_only():
@@ -330,6 +331,8 @@ def test_checkpoints_of_every_age_load():
     raises(InputError, "no tensor for embed_layer_norm.weight", load,
            {name: tensor for name, tensor in published.items() if name != "embeddings.LayerNorm.weight"})
     raises(InputError, "has shape (499, 16)", load, {**published, "embeddings.word_embeddings.weight": torch.zeros(499, 16)})
+    raises(InputError, "two tensors for bert.embeddings.LayerNorm.weight", load,
+           {**published, "bert.embeddings.LayerNorm.weight": torch.ones(16)})
     raises(InputError, "position_ids is not", load, {**published, "embeddings.position_ids": torch.arange(64)[None] + 1})
 
 
@@ -342,8 +345,8 @@ def test_a_pickle_with_a_payload_is_not_run():
             return os.mkdir, (str(folder / "owned"),)
 
     with open(folder / "pytorch_model.bin", "wb") as file:
-        pickle.dump({"embeddings.LayerNorm.weight": Payload()}, file)
-    raises(InputError, "cannot be read as tensors alone", BertModel.from_pretrained, folder)
+        pickle.dump({"embeddings.LayerNorm.weight": Payload()}, file, protocol=2)
+    raises(InputError, "cannot be read as named tensors", BertModel.from_pretrained, folder)
     assert not (folder / "owned").exists()
 
 
@@ -596,7 +599,9 @@ def test_reading_counts_and_names_malformed_rows():
         assert len(read_examples(few, TASKS["sst"], skip_malformed=True)) == 20
     for text, part in ((rows(3).replace("sentiment", "label"), "no column 'sentiment'"), ("", "the file is empty"),
                        (rows(0), "no rows"), (b"\tid\tsentence\tsentiment\n0\tx\t\xff\t1\n", "line 2: byte 0xff is not UTF-8"),
-                       (rows(9).replace(" film 3", '"film 3'), "the quote opened in line 5")):
+                       (rows(9).replace(" film 3", '"film 3'), "row that starts in line 5"),
+                       (rows(9).replace(" film 3", '"film" 3'), "row that starts in line 5"),
+                       (rows(9).replace(" film 3", '"film 3').replace("film 6\t1", 'film 6"\t1'), "quote opened in line 5")):
         raises(InputError, part, read_examples, write("c.csv", text), TASKS["sst"])
     raises(InputError, "no such file", read_examples, Path("nowhere.csv"), TASKS["sst"])
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -729,11 +734,14 @@ def test_every_combination_runs_or_is_refused():
         if surgery and (option == "pretrain" or schedule == "sequential"):
             assert status == 2 and said.count("\n") == 1 and "--pcgrad with" in said, said
             refused += 1
+        elif option == "pretrain" and head == "cosine":
+            assert status == 2 and said.count("\n") == 1 and "nothing to train" in said, said
+            refused += 1
         else:
             assert status == 0, (option, flags, said)
             assert "overall_2023" in said and (folder / "predictions" / "sts-test-output.csv").exists()
             ran += 1
-    assert (ran, refused) == (64, 32)
+    assert (ran, refused) == (58, 38)
 
 
 def test_each_flag_changes_the_run():

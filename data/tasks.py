@@ -6,6 +6,7 @@ malformed rows are counted and shown, and more than 1 % of them stops the run.
 
     python data/tasks.py FILE [TASK]        what a file holds: rows, labels, malformed rows, lengths in tokens
 """
+import argparse
 import csv
 import dataclasses
 import json
@@ -73,10 +74,10 @@ def read_examples(path, task, labelled=True, skip_malformed=False):
     1 % malformed rows (unless skip_malformed)."""
     path = Path(path)
     wanted = ["id", *task.text_columns] + ([task.label_column] if labelled else [])
-    ids, texts, labels, malformed = [], [], [], []
+    ids, texts, labels, malformed, line = [], [], [], [], 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t")
+            reader = csv.reader(file, delimiter="\t", strict=True)
             header = next(reader, None)
             if header is None:
                 raise InputError(f"{path}: the file is empty")
@@ -106,7 +107,8 @@ def read_examples(path, task, labelled=True, skip_malformed=False):
     except UnicodeDecodeError:
         raise InputError(f"{path}: {first_bad_byte(path)}; save the file as UTF-8") from None
     except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num}: {error}") from None
+        raise InputError(f"{path}: the row that starts in line {line} is not tab-separated text as the csv format has it "
+                         f"({error}); is a quote left open, or not doubled?") from None
     if malformed:
         total = len(ids) + len(malformed)
         shown = "; ".join(malformed[:3]) + ("; ..." if len(malformed) > 3 else "")
@@ -149,17 +151,18 @@ def first_bad_byte(path):
 
 
 def load_tokenizer(folder):
-    """BERT's word pieces from a folder's vocab.txt alone. Raises InputError where it is missing or lacks [CLS] or [SEP]."""
-    path = Path(folder) / "vocab.txt"
-    if not path.exists():
-        raise InputError(f"{path}: no such file; a BERT folder has its vocabulary there")
-    settings = Path(folder) / "tokenizer_config.json"
-    lowercase = json.loads(settings.read_text(encoding="utf-8")).get("do_lower_case", True) if settings.exists() else True
-    tokenizer = BertWordPieceTokenizer(str(path), lowercase=lowercase)
+    """BERT's word pieces from a folder's vocab.txt alone. Raises InputError where it is missing or is not BERT's."""
+    path, settings = Path(folder) / "vocab.txt", Path(folder) / "tokenizer_config.json"
+    try:
+        vocabulary = set(path.read_text(encoding="utf-8").splitlines())
+        settings = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+        lowercase = settings.get("do_lower_case", True)
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: its vocab.txt or tokenizer_config.json cannot be read ({type(error).__name__})") from None
     for token in ("[CLS]", "[SEP]", "[UNK]"):
-        if tokenizer.token_to_id(token) is None:
+        if token not in vocabulary:
             raise InputError(f"{path}: no {token} in the vocabulary; is it BERT's?")
-    return tokenizer
+    return BertWordPieceTokenizer(str(path), lowercase=lowercase)
 
 
 def tokenize(examples, tokenizer, max_length, cross):
@@ -194,15 +197,20 @@ def join(texts, cls, sep, max_length):
 
 
 if __name__ == "__main__":
-    name = sys.argv[2] if len(sys.argv) > 2 else next(
-        (task.name for task in TASKS.values() if Path(sys.argv[1]).name.startswith(task.stem)), "sst")
+    parser = argparse.ArgumentParser(description="What a file of a task holds.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("task", choices=list(TASKS), nargs="?", help="default: the one whose files are named so")
+    options = parser.parse_args()
+    named = [name for name, task in TASKS.items() if options.file.name.startswith(task.stem)]
+    if not options.task and not named:
+        parser.error(f"which task is {options.file.name} of?")
     try:
-        examples = read_examples(sys.argv[1], TASKS[name], labelled="test" not in Path(sys.argv[1]).name, skip_malformed=True)
+        examples = read_examples(options.file, TASKS[options.task or named[0]], "test" not in options.file.name, True)
         tokenize(examples, load_tokenizer(fetch_encoder()), 512, cross=True)
     except InputError as error:
-        sys.exit(str(error))
+        parser.error(str(error))
     lengths = np.array([len(ids) for row in examples.tokens for ids, _ in row])
-    print(f"{examples.path}: {len(examples)} rows of task {name}, {len(examples.malformed)} malformed; "
+    print(f"{examples.path}: {len(examples)} rows of task {examples.task.name}, {len(examples.malformed)} malformed; "
           f"tokens a sequence: median {np.median(lengths):.0f}, longest {lengths.max()}")
     if examples.labels is not None:
         print("labels:", dict(zip(*(x.tolist() for x in np.unique(examples.labels.round(), return_counts=True)))))
