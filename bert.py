@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from attention import BertSelfAttention, Packing
-from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, replace
+from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, write_whole
 
 # Published name -> our name, applied from top to bottom; from bottom to top, and right to left, when saving.
 RENAMES = [
@@ -79,7 +79,7 @@ class BertConfig:
     def save(self, folder):
         fields = {"architectures": ["BertModel"], "model_type": "bert", "hidden_act": "gelu",
                   "attention_probs_dropout_prob": 0.0, "pad_token_id": 0, **dataclasses.asdict(self)}
-        replace(Path(folder) / "config.json",
+        write_whole(Path(folder) / "config.json",
                 lambda path: path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8"))
 
 
@@ -209,7 +209,7 @@ class BertModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save(folder)
         tensors = {published_name(name): tensor.contiguous() for name, tensor in self.state_dict().items()}
-        replace(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def our_name(published):

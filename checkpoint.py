@@ -1,27 +1,37 @@
-"""The folder of a run: what was asked (args.json), what was measured (metrics.jsonl), and how it looks (curves.png).
+"""What the training scripts share: the folder of a run (args.json, metrics.jsonl, curves.png), and the types of flags.
 
     python checkpoint.py RUN       draw RUN/curves.png again from RUN/metrics.jsonl
 """
+import argparse
 import json
-import sys
+import math
 from pathlib import Path
 
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from data.download import replace
+from data.download import InputError, write_whole
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on, through no fault of a flag or a file. The message is one line."""
 
 
 class Run:
-    """A run's folder, made new. Raises FileExistsError where one of this name is there."""
+    """A run's folder, made new. Raises InputError where there is one of this name, or none can be made."""
 
     def __init__(self, folder, args):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True)
-        text = json.dumps(args, indent=2) + "\n"
-        replace(self.folder / "args.json", lambda path: path.write_text(text, encoding="utf-8"))
-        self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+        try:
+            self.folder.mkdir(parents=True)
+            text = json.dumps(args, indent=2, default=str) + "\n"
+            write_whole(self.folder / "args.json", lambda path: path.write_text(text, encoding="utf-8"))
+            self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+        except FileExistsError:
+            raise InputError(f"{folder}: there is a run of this name; choose another --name") from None
+        except OSError as error:
+            raise InputError(f"{folder}: the run's folder cannot be made ({error.strerror}); choose another --name") from None
 
     def log(self, kind, **fields):
         """Append one line to metrics.jsonl; kind is "step" or "evaluation"."""
@@ -34,11 +44,21 @@ def read_metrics(folder, kind):
         return [line for line in map(json.loads, file) if line["kind"] == kind]
 
 
+def mean_of(records):
+    """The mean of equal-shaped nested dicts of numbers; a key that some lack is averaged over those that have it."""
+    keys = dict.fromkeys(key for record in records for key in record)
+    columns = {key: [record[key] for record in records if key in record] for key in keys}
+    return {key: mean_of(values) if isinstance(values[0], dict) else sum(values) / len(values)
+            for key, values in columns.items()}
+
+
 def plot_curves(folder):
-    """curves.png: each task's loss over the steps, and its score on the train sample (dashed) and on dev by epoch."""
+    """curves.png: each task's loss over the steps, its score on the train sample (dashed) and on dev by epoch, and the
+    cosines between the tasks' gradients where they were logged."""
     steps, evaluations = (read_metrics(folder, kind) for kind in ("step", "evaluation"))
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, scores = figure.subplots(1, 2)
+    measured = [line for line in steps if "gradients" in line]
+    figure = Figure(figsize=(15 if measured else 10, 4), layout="constrained")
+    losses, scores, *gradients = figure.subplots(1, 3 if measured else 2)
     tasks = list(dict.fromkeys(task for line in steps for task in line["losses"]))
     for color, task in zip(TABLEAU_COLORS, tasks):
         points = [(line["step"], line["losses"][task]) for line in steps if task in line["losses"]]
@@ -49,12 +69,83 @@ def plot_curves(folder):
     losses.set(xlabel="step", ylabel="loss (mean since the last point)", title="training loss")
     scores.set(xlabel="epoch", ylabel="accuracy; Pearson r for sts", title="scores")
     scores.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (losses, scores):
+    for axes in gradients:
+        for pair in measured[0]["gradients"]["cosine"]:
+            points = [(line["step"], line["gradients"]["cosine"][pair]) for line in measured
+                      if pair in line["gradients"]["cosine"]]
+            axes.plot(*zip(*points), lw=1, label=pair)
+        axes.axhline(0, color="black", lw=0.5)
+        axes.set(xlabel="step", ylabel="cosine (mean since the last point)", title="between the tasks' gradients")
+    for axes in (losses, scores, *gradients):
         axes.grid(alpha=0.3)
         axes.legend()
-    replace(Path(folder) / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+    write_whole(Path(folder) / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+
+
+# ---------------------------------------------------------------- types of flags
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line without the usage; help tells the defaults that are not None."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise InputError(message)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def number(convert, least, below=math.inf):
+    """A flag's type: a number in [least, below)."""
+    def parse(text):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < below:  # also catches nan
+            kind = "a whole number" if convert is int else "a number"
+            bound = "" if below == math.inf else f" and below {below}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} of at least {least}{bound}")
+        return value
+    return parse
+
+
+def per_task(convert):
+    """A flag's type: one value for all tasks, or NAME=value,NAME=value as a dict."""
+    def parse(text):
+        if "=" not in text:
+            return convert(text)
+        values = {}
+        for part in text.split(","):
+            name, equals, value = part.partition("=")
+            if not equals or name.strip() in values:
+                raise argparse.ArgumentTypeError(f"{text!r}: {part!r} is not one more NAME=value")
+            values[name.strip()] = convert(value)
+        return values
+    return parse
+
+
+def for_each(value, tasks, flag):
+    """A flag's value as {task: value}. Raises InputError for a task it does not apply to, or one left without a value."""
+    if not isinstance(value, dict):
+        return dict.fromkeys(tasks, value)
+    for name in [*value, *tasks]:
+        if name not in tasks:
+            raise InputError(f"argument {flag}: {name!r} is none of the tasks it applies to here ({', '.join(tasks)})")
+        if name not in value:
+            raise InputError(f"argument {flag}: no value for {name}")
+    return {name: value[name] for name in tasks}
 
 
 if __name__ == "__main__":
-    plot_curves(sys.argv[1])
-    print(Path(sys.argv[1]) / "curves.png")
+    parser = argparse.ArgumentParser(description="Draw a run's curves.png from its metrics.jsonl.")
+    parser.add_argument("run", type=Path)
+    folder = parser.parse_args().run
+    if not (folder / "metrics.jsonl").is_file():
+        parser.error(f"{folder}: no metrics.jsonl there")
+    plot_curves(folder)
+    print(folder / "curves.png")

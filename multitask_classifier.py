@@ -1,6 +1,7 @@
 """Multitask BERT: one encoder, three tasks at once (sentiment on SST, paraphrase on Quora, similarity on STS).
 
     python multitask_classifier.py --option finetune --pcgrad        train; `--help` lists every flag
+    torchrun --nproc_per_node 2 multitask_classifier.py ...          the same on two GPUs, or two processes of a CPU
 
 A run leaves runs/NAME/ with the best encoder and heads, metrics.jsonl, curves.png, and the predictions in the course's
 submission format. Each system of the five reports is a combination of these axes: schedule (data/batches.py), heads and
@@ -10,8 +11,10 @@ Dimensions: B rows in a batch, S sequences (B, or 2B where pairs are encoded apa
 """
 import argparse
 import contextlib
+import datetime
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -19,20 +22,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from attention import to_device
 from bert import BertModel
-from checkpoint import Run, plot_curves
+from checkpoint import Parser, Run, RunFailed, for_each, mean_of, number, per_task, plot_curves
 from data.batches import SCHEDULES, Schedule, collate, evaluation_batches, seed_of
-from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, replace
-from data.tasks import TASKS, load_tokenizer, read_examples, tokenize
+from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, write_whole
+from data.tasks import TASKS, load_data, locate
 from optimizer import AdamW
-from pcgrad import GradientBuffer
+from pcgrad import GradientBuffer, diagnostics
 
 HERE = Path(__file__).resolve().parent
 PAIR_HEADS = ("cross", "uv", "uv_diff", "cosine")
@@ -54,7 +58,7 @@ class Head(nn.Module):
 
     def __init__(self, task, kind, hidden_size, hidden_dropout_prob):
         super().__init__()
-        self.kind, self.top = kind, task.top
+        self.kind, self.top, self.binary = kind, task.top, task.kind == "binary"
         self.dropout = nn.Dropout(hidden_dropout_prob)
         if kind != "cosine":
             width = {"uv": 2, "uv_diff": 3}.get(kind, 1) * hidden_size
@@ -62,7 +66,7 @@ class Head(nn.Module):
             nn.init.normal_(self.linear.weight, std=0.02)
             # a regression starts at the middle of its scale, so that the first steps are not spent on the mean
             nn.init.constant_(self.linear.bias, task.top / 2 if task.kind == "similarity" else 0.0)
-        elif task.kind == "binary":  # a scale that learning rates of fine-tuning could not reach from 1
+        elif self.binary:  # a scale that learning rates of fine-tuning could not reach from 1
             self.weight, self.bias = nn.Parameter(torch.tensor(10.0)), nn.Parameter(torch.tensor(-7.0))
 
     def forward(self, pooled):
@@ -71,7 +75,7 @@ class Head(nn.Module):
         u, v = pooled.chunk(2)  # (B, H) each
         if self.kind == "cosine":
             cosine = F.cosine_similarity(u, v).unsqueeze(-1)  # (B, 1)
-            return self.weight * cosine + self.bias if hasattr(self, "weight") else self.top * cosine
+            return self.weight * cosine + self.bias if self.binary else self.top * cosine
         features = [u, v] if self.kind == "uv" else [u, v, (u - v).abs()]
         return self.linear(self.dropout(torch.cat(features, dim=-1)))
 
@@ -138,8 +142,8 @@ class MultitaskBERT(nn.Module):
         self.bert.save_pretrained(folder)
         for name in ("vocab.txt", "tokenizer_config.json"):
             if (encoder_folder / name).exists():
-                replace(folder / name, lambda path: shutil.copyfile(encoder_folder / name, path))
-        replace(folder / "heads.safetensors", lambda path: save_file(self.heads.state_dict(), path))
+                write_whole(folder / name, lambda path: shutil.copyfile(encoder_folder / name, path))
+        write_whole(folder / "heads.safetensors", lambda path: save_file(self.heads.state_dict(), path))
 
     @classmethod
     def load(cls, folder):
@@ -150,9 +154,30 @@ class MultitaskBERT(nn.Module):
             model = cls(BertModel.from_pretrained(folder), args["tasks"], args["pair_head"], args["pooling"],
                         args["hidden_dropout_prob"], args["option"], args["amp"])
             model.heads.load_state_dict(load_file(folder / "heads.safetensors"))
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
-            raise InputError(f"{folder}: not a finished run of this script ({error})") from error
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})") from error
         return model.eval()
+
+
+# ---------------------------------------------------------------- processes
+
+def join_processes(args):
+    """Meet the other processes where torchrun started several: one a GPU over nccl, or several on the CPU over gloo."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=60))
+
+
+def rank_and_world():
+    """This process's number and how many there are; (0, 1) without torchrun."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def sum_over_processes(tensor):
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor
 
 
 # ---------------------------------------------------------------- evaluation
@@ -161,17 +186,18 @@ class MultitaskBERT(nn.Module):
 def predict(model, task, examples, rows=None):
     """Predictions in the order of `rows` (all, if None): class, 0/1, or similarity. Leaves train or eval mode as it was."""
     rows = np.arange(len(examples)) if rows is None else rows
+    rank, world = rank_and_world()
     training = model.training
     model.eval()
-    predictions = np.zeros(len(examples), dtype=np.float32)
-    for batch in evaluation_batches(examples, rows):
+    predictions = torch.zeros(len(examples), device=model.device)
+    for batch in evaluation_batches(examples, rows[rank::world]):
         logits = model.logits(task, batch)  # (B, C)
         kind = TASKS[task].kind
         decided = (logits.argmax(dim=-1) if kind == "classes" else logits.squeeze(-1) > 0 if kind == "binary"
                    else logits.squeeze(-1))
-        predictions[batch.rows] = decided.float().cpu().numpy()
+        predictions[torch.from_numpy(batch.rows).to(model.device)] = decided.float()
     model.train(training)
-    return predictions[rows]
+    return sum_over_processes(predictions).cpu().numpy()[rows]
 
 
 def score(task, predictions, labels):
@@ -205,79 +231,121 @@ def evaluate(model, data, seed):
 
 def write_predictions(path, task, examples, predictions):
     """The course's submission format: a heading, then `id , prediction` a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = predictions.astype(int) if TASKS[task].kind == "classes" else predictions
     lines = [f"id \t {TASKS[task].heading} \n"] + [f"{i} , {value} \n" for i, value in zip(examples.ids, values)]
-    replace(path, lambda part: part.write_text("".join(lines), encoding="utf-8"))
+    write_whole(path, lambda part: part.write_text("".join(lines), encoding="utf-8"))
 
 
 # ---------------------------------------------------------------- training
 
 def learning_rate(args, progress):
-    """progress: share of all optimizer steps done. Warm-up from 0, then constant or linearly down to 0."""
+    """progress: 0 before the first optimizer step, 1 after the last. Warm-up from 0, then constant or linearly to 0."""
     if progress < args.warmup:
         return args.lr * progress / args.warmup
     return args.lr if args.lr_schedule == "constant" else args.lr * (1 - progress) / (1 - args.warmup)
 
 
 def train(args, model, data, run, encoder_folder):
-    """args.epochs epochs of the one training step. Saves the best epoch by dev scores. Returns its evaluation."""
+    """args.epochs epochs of the one training step. Saves the best epoch by dev scores. Returns its evaluation.
+
+    run: where to write, None on every process but the first. Raises RunFailed where a loss is not finite.
+    """
+    rank, world = rank_and_world()
     sizes = {task: len(splits["train"]) for task, splits in data.items()}
     schedule = Schedule(args.schedule, sizes, args.batch_size, args.epoch_length, args.seed)
-    shared = model.shared_parameters()
-    in_shared = set(map(id, shared))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    gradients = GradientBuffer(shared, [p for p in trainable if id(p) not in in_shared], args.tasks,
-                               "pcgrad" if args.pcgrad else None)
-    # its gradient then touches, in J, only the rows of words that occur; MPS has no sparse tensors
+    shared, trainable = model.shared_parameters(), [p for p in model.parameters() if p.requires_grad]
+    gradients = GradientBuffer(shared, {task: head.parameters() for task, head in model.heads.items()}, args.surgery,
+                               args.gradient_rows, args.surgery_scope)
+    row_names = ["+".join(group) for group in gradients.groups]
+    # the word embedding's gradient then touches, in J, only the rows of words that occur; MPS has no sparse tensors
     model.bert.word_embedding.sparse = args.device != "mps"
     optimizer = AdamW([{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay},
                        {"params": [p for p in trainable if p.ndim < 2]}],  # no decay of biases and LayerNorm
                       lr=args.lr)
-    updates_per_epoch = math.ceil(schedule.steps_per_epoch / args.accumulate)
+    updates = args.epochs * math.ceil(schedule.steps_per_epoch / args.accumulate)
     best, update = None, 0
     for epoch in range(args.epochs):
         model.train()
-        losses, tokens, start = {}, 0, time.perf_counter()
-        steps = tqdm(schedule.epoch(epoch), desc=f"epoch {epoch + 1}/{args.epochs}", total=schedule.steps_per_epoch,
-                     unit="step", leave=False)
         gradients.zero()
-        for step, batches in enumerate(steps, start=1):
-            for task, rows in batches:
-                torch.manual_seed(seed_of(args.seed, epoch, step, task))  # for dropout
-                batch = collate(data[task]["train"], rows)
-                loss = model.loss(task, batch)
-                gradients.backward(task, loss)
-                losses.setdefault(task, []).append(loss.detach())
-                tokens += int(batch.attention_mask.sum())
-            if step % args.accumulate == 0 or step == schedule.steps_per_epoch:
+        measured, conflicts = Meter(model.device), []
+        bar = tqdm(schedule.epoch(epoch), desc=f"epoch {epoch + 1}/{args.epochs}", total=schedule.steps_per_epoch,
+                   unit="step", leave=False, disable=rank > 0)
+        for step, batches in enumerate(bar, start=1):
+            closing = step % args.accumulate == 0 or step == schedule.steps_per_epoch  # an optimizer step follows
+            for i, (task, rows) in enumerate(batches):
+                own, loss = rows[rank::world], None  # this process's share; its loss weighs as much
+                torch.manual_seed(seed_of(args.seed, epoch, step, task, rank))  # for dropout
+                if len(own):
+                    batch = collate(data[task]["train"], own)
+                    loss = model.loss(task, batch) * (len(own) / len(rows))
+                measured.add(task, loss, int(batch.attention_mask.sum()) if len(own) else 0)
+                gradients.backward(task, loss, [name for name, _ in batches[i + 1:]] if closing else None)
+            if closing:
                 gradients.combine(seed_of(args.seed, epoch, step, "order of the projections"))
+                if gradients.gram is not None:
+                    conflicts.append(diagnostics(gradients.gram, row_names))
                 if args.clip:
                     nn.utils.clip_grad_norm_(trainable, args.clip)
                 update += 1
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(args, update / (args.epochs * updates_per_epoch + 1))
+                for group in optimizer.param_groups:  # the + 1: neither the first nor the last step has rate 0
+                    group["lr"] = learning_rate(args, update / (updates + 1))
                 optimizer.step()
                 gradients.zero()
 
             if step % LOG_EVERY == 0 or step == schedule.steps_per_epoch:
-                means = {task: torch.stack(values).mean().item() for task, values in losses.items()}
-                speed = tokens / (time.perf_counter() - start)
-                run.log("step", epoch=epoch + 1, step=epoch * schedule.steps_per_epoch + step, losses=means,
-                        lr=optimizer.param_groups[0]["lr"], tokens_per_second=round(speed))
-                steps.set_postfix_str(" ".join(f"{task} {mean:.3f}" for task, mean in means.items())
-                                      + f", {speed:.0f} tokens/s")
-                losses, tokens, start = {}, 0, time.perf_counter()
+                losses, speed = measured.read()
+                for task, loss in losses.items():
+                    if not math.isfinite(loss):
+                        raise RunFailed(f"the loss of {task} is {loss} around step {step} of epoch {epoch + 1}; "
+                                        "try a lower --lr, or --clip 1")
+                means = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
+                bar.set_postfix_str(f"{means}, {speed:.0f} tokens/s")
+                if run:
+                    since = {"gradients": mean_of(conflicts[-LOG_EVERY:])} if conflicts else {}
+                    run.log("step", epoch=epoch + 1, step=epoch * schedule.steps_per_epoch + step, losses=losses,
+                            lr=optimizer.param_groups[0]["lr"], tokens_per_second=round(speed), **since)
 
         scores = evaluate(model, data, args.seed)
-        run.log("evaluation", epoch=epoch + 1, step=(epoch + 1) * schedule.steps_per_epoch, **scores)
         improved = best is None or selection(scores) > selection(best)
-        if improved:
-            best = {"epoch": epoch + 1, **scores}
-            model.save(run.folder, encoder_folder)
+        best = {"epoch": epoch + 1, **scores} if improved else best
         print(f"epoch {epoch + 1}/{args.epochs}  {describe(scores)}{'  best so far, saved' if improved else ''}", flush=True)
-        plot_curves(run.folder)
+        if conflicts:
+            print(f"           {describe_gradients(mean_of(conflicts))}", flush=True)
+        if run:
+            run.log("evaluation", epoch=epoch + 1, step=(epoch + 1) * schedule.steps_per_epoch, **scores)
+            if improved:
+                model.save(run.folder, encoder_folder)
+            last = {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "gradvac_targets": gradients.targets}
+            write_whole(run.folder / "last.pt", lambda path: torch.save(last, path))
+            plot_curves(run.folder)
     return best
+
+
+class Meter:
+    """Mean losses and speed over all processes since the last reading; only reading makes the host wait for the device."""
+
+    def __init__(self, device):
+        self.device = device
+        self.clear()
+
+    def clear(self):
+        self.losses, self.counts, self.tokens, self.start = {}, {}, 0, time.perf_counter()
+
+    def add(self, task, loss, tokens):
+        loss = torch.zeros((), device=self.device) if loss is None else loss.detach()
+        self.losses[task] = self.losses.get(task, 0) + loss
+        self.counts[task] = self.counts.get(task, 0) + 1
+        self.tokens += tokens
+
+    def read(self):
+        """({task: mean loss}, tokens a second), and start anew."""
+        totals = torch.stack([*self.losses.values(), torch.tensor(float(self.tokens), device=self.device)])
+        *losses, tokens = sum_over_processes(totals).tolist()
+        result = ({task: loss / self.counts[task] for task, loss in zip(self.losses, losses)},
+                  tokens / (time.perf_counter() - self.start))
+        self.clear()
+        return result
 
 
 def selection(scores):
@@ -290,47 +358,16 @@ def describe(scores):
     return "  ".join(["dev"] + tasks + [f"{name} {value:.3f}" for name, value in scores.items() if name.startswith("overall")])
 
 
-# ---------------------------------------------------------------- flags and files
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line instead of the usage
-        raise InputError(message)
-
-
-def per_task(convert):
-    """A flag's type: one value for all tasks, or NAME=value,NAME=value."""
-    def parse(text):
-        if "=" not in text:
-            return convert(text)
-        return {name.strip(): convert(value) for name, value in (part.split("=", 1) for part in text.split(","))}
-    parse.__name__ = convert.__name__  # argparse names it in its message
-    return parse
+def describe_gradients(mean):
+    pairs = [f"{pair} cosine {cosine:.3f}, in conflict {mean['conflict'][pair]:.0%}, magnitude similarity "
+             f"{mean['magnitude_similarity'][pair]:.2f}" for pair, cosine in mean["cosine"].items()]
+    return "gradients  " + "  ".join(pairs)
 
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def non_negative_float(text):
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise ValueError
-    return value
-
-
-def probability(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise ValueError
-    return value
-
+# ---------------------------------------------------------------- flags
 
 def get_parser():
-    parser = Parser(description="Train one BERT on several tasks at once.", allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Train one BERT on several tasks at once.")
     group = parser.add_argument_group("model")
     group.add_argument("--option", choices=("pretrain", "finetune"), default="pretrain",
                        help="pretrain: the encoder is frozen, only the heads learn; finetune: everything learns")
@@ -339,30 +376,39 @@ def get_parser():
                        help="what a sequence becomes: BERT's pooled [CLS], or the mean of its tokens' last states")
     group.add_argument("--pair_head", type=per_task(str), default="cross", metavar="|".join(PAIR_HEADS),
                        help="for both pair tasks or each, para=uv_diff,sts=cosine; cross reads a pair as one sequence")
-    group.add_argument("--hidden_dropout_prob", type=probability, default=0.3,
+    group.add_argument("--hidden_dropout_prob", type=number(float, 0, 1), default=0.3,
                        help="dropout of the heads; the encoder's is in its config.json")
     group = parser.add_argument_group("training")
     group.add_argument("--tasks", default="sst,para,sts", help=f"those to train, of {','.join(TASKS)}, in this order")
     group.add_argument("--schedule", choices=SCHEDULES, default="round_robin",
                        help="sequential: task after task; round_robin: a batch of each task a step; mixed: the same "
                             "with batch sizes in proportion to the sets")
-    group.add_argument("--epochs", type=positive_int, default=10, help="number of epochs")
+    group.add_argument("--epochs", type=number(int, 1), default=10, help="number of epochs")
     group.add_argument("--epoch_length", default="longest", metavar="longest|shortest|STEPS",
                        help="the set that ends an epoch, or a number of steps")
-    group.add_argument("--batch_size", type=per_task(positive_int), default=None,
+    group.add_argument("--batch_size", type=per_task(number(int, 1)), default=None,
                        help="rows a step, for all tasks or each: sst=2,para=24,sts=2 (default: sst=16,para=32,sts=12, "
                             "cfimdb=8; 20 with --schedule mixed)")
-    group.add_argument("--accumulate", type=positive_int, default=1,
-                       help="steps of the schedule that add up to one optimizer step")
-    group.add_argument("--lr", type=non_negative_float, default=None,
+    group.add_argument("--accumulate", type=number(int, 1), default=1,
+                       help="steps of the schedule whose gradients are added up for one optimizer step")
+    group.add_argument("--lr", type=number(float, 0), default=None,
                        help="peak learning rate (default: 1e-4 for finetune, 1e-3 for pretrain)")
     group.add_argument("--lr_schedule", choices=("linear", "constant"), default="linear",
                        help="after the warm-up: down to 0, or constant")
-    group.add_argument("--warmup", type=probability, default=0.1, help="share of the steps in which the rate rises from 0")
-    group.add_argument("--weight_decay", type=non_negative_float, default=0.0, help="of weights; biases and norms have none")
-    group.add_argument("--clip", type=non_negative_float, default=1.0, help="largest global gradient norm; 0: no clipping")
-    group.add_argument("--pcgrad", action="store_true", help="project conflicting task gradients (Yu et al. 2020)")
-    group.add_argument("--seed", type=int, default=11711, help="of everything random")
+    group.add_argument("--warmup", type=number(float, 0, 1), default=0.1,
+                       help="share of the steps in which the rate rises from 0")
+    group.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="of weights; biases and norms have none")
+    group.add_argument("--clip", type=number(float, 0), default=1.0, help="largest global gradient norm; 0: no clipping")
+    group.add_argument("--seed", type=number(int, 0, 2 ** 63), default=11711, help="of everything random")
+    group = parser.add_argument_group("gradient surgery")
+    group.add_argument("--pcgrad", nargs="?", const=True, metavar="GROUPS",
+                       help="project conflicting task gradients (Yu et al. 2020); tasks that share a gradient: sst+para,sts")
+    group.add_argument("--gradvac", nargs="?", const=True, metavar="GROUPS",
+                       help="Gradient Vaccine (Wang et al. 2021), with groups like --pcgrad")
+    group.add_argument("--surgery_scope", choices=("vector", "tensor"), default="vector",
+                       help="vector: all shared parameters as one vector, as in the papers; tensor: each parameter by itself")
+    group.add_argument("--log_gradients", action="store_true",
+                       help="measure the tasks' gradients (cosines, conflicts, norms) without surgery; surgery always does")
     group = parser.add_argument_group("machine and run")
     group.add_argument("--use_gpu", action="store_true", help="train on CUDA, or on MPS of an Apple machine")
     group.add_argument("--amp", action="store_true", help="the encoder in bfloat16 (CUDA, or a CPU with avx512_bf16)")
@@ -372,26 +418,12 @@ def get_parser():
     group.add_argument("--data_dir", type=Path, default=None, help="folder with the course's files (default: data/ once "
                        "`python data/download.py` has filled it, the demo sets in data/demo/ until then)")
     group.add_argument("--skip_malformed", action="store_true", help="go on where more than 1 %% of a file is malformed")
-    for task in TASKS.values():  # the course's path flags
-        for split in ("train", "dev", "test"):
-            group.add_argument(f"--{task.name}_{split}", type=Path, help=argparse.SUPPRESS)
-        for split in ("dev", "test"):
-            group.add_argument(f"--{task.name}_{split}_out", type=Path, help=argparse.SUPPRESS)
+    for task in TASKS:  # the course's path flags, explained in the epilog instead of in 20 lines
+        for kind in ("train", "dev", "test", "dev_out", "test_out"):
+            group.add_argument(f"--{task}_{kind}", type=Path, help=argparse.SUPPRESS)
     parser.epilog = ("One file each: --TASK_train, --TASK_dev, --TASK_test FILE in place of the one in the data folder; "
                      "--TASK_dev_out, --TASK_test_out FILE for the predictions (default: predictions/ in the run's folder).")
     return parser
-
-
-def for_each(value, tasks, flag):
-    """A flag's value as {task: value}. Raises InputError for a task it does not apply to, or one left without a value."""
-    if not isinstance(value, dict):
-        return dict.fromkeys(tasks, value)
-    for name in [*value, *tasks]:
-        if name not in tasks:
-            raise InputError(f"argument {flag}: {name!r} is none of the tasks it applies to here ({', '.join(tasks)})")
-        if name not in value:
-            raise InputError(f"argument {flag}: no value for {name}")
-    return {name: value[name] for name in tasks}
 
 
 def resolve(argv):
@@ -409,116 +441,141 @@ def resolve(argv):
     if not pair_tasks and args.pair_head != parser.get_default("pair_head"):
         raise InputError(f"argument --pair_head: no pair task among {', '.join(args.tasks)}")
     args.pair_head = for_each(args.pair_head, pair_tasks, "--pair_head")
-    for head in args.pair_head.values():
+    for task, head in args.pair_head.items():
         if head not in PAIR_HEADS:
             raise InputError(f"argument --pair_head: unknown head {head!r}; the heads are {', '.join(PAIR_HEADS)}")
+        if head == "cosine" and TASKS[task].kind == "similarity" and args.option == "pretrain":
+            raise InputError(f"--pair_head cosine for {task} with --option pretrain: 5 cos(u, v) has no parameters and the "
+                             f"encoder is frozen, so there is nothing to train; use another head, or leave {task} out")
 
     if args.batch_size is None:
         args.batch_size = 20 if args.schedule == "mixed" else {name: DEFAULT_BATCH_SIZE[name] for name in args.tasks}
     elif isinstance(args.batch_size, dict) or args.schedule != "mixed":
         args.batch_size = for_each(args.batch_size, args.tasks, "--batch_size")
     if args.epoch_length not in ("longest", "shortest"):
-        if not args.epoch_length.isdigit() or int(args.epoch_length) < 1:
-            raise InputError(f"argument --epoch_length: {args.epoch_length!r} is not longest, shortest or a number of steps")
-        args.epoch_length = int(args.epoch_length)
+        try:
+            args.epoch_length = number(int, 1)(args.epoch_length)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"argument --epoch_length: not longest, shortest or a number of steps ({error})") from None
     if args.lr is None:
         args.lr = 1e-4 if args.option == "finetune" else 1e-3
-
-    if args.pcgrad and args.option == "pretrain":
-        raise InputError("--pcgrad with --option pretrain: a frozen encoder has no shared gradients to project; "
-                         "use --option finetune")
-    if args.pcgrad and len(args.tasks) < 2:
-        raise InputError("--pcgrad with one task: there is no second gradient to be in conflict with")
-    if args.pcgrad and args.schedule == "sequential":
-        raise InputError("--pcgrad with --schedule sequential: a step holds one task, so no two gradients meet; "
-                         "use round_robin or mixed")
-
-    if args.option == "pretrain" and args.pair_head.get("sts") == "cosine":
-        raise InputError("--pair_head cosine for sts with --option pretrain: 5 cos(u, v) has no parameters and the encoder "
-                         "is frozen, so there is nothing to train; leave sts out of --tasks or use another head")
+    resolve_surgery(args)
 
     args.device = "cpu"
     if args.use_gpu:
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
     if args.device is None:
         raise InputError("--use_gpu: torch sees neither a CUDA device nor an Apple GPU; leave the flag out to use the CPU")
-    # a private name, but the only test that torch 2.11 has too
+    # for the CPU a private name, but the only test that torch 2.11 has too
     bfloat16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
                 "cpu": torch.cpu._is_avx512_bf16_supported, "mps": lambda: False}
     if args.amp and not bfloat16[args.device]():
         raise InputError(f"--amp: this {args.device} device has no bfloat16 arithmetic (a CPU needs avx512_bf16)")
     if args.name is None:
-        surgery = "-pcgrad" if args.pcgrad else ""
-        args.name = f"{args.option}-{args.schedule}{surgery}-{time.strftime('%Y%m%d-%H%M%S')}"
+        args.name = "-".join(filter(None, (args.option, args.schedule, args.surgery, time.strftime("%Y%m%d-%H%M%S"))))
+    elif not args.name:
+        raise InputError("argument --name: empty")
     return args
 
 
-def locate(args):
-    """{task: {split: path}}; test only where there is one. Raises InputError for a missing file."""
-    given = {(task, split): getattr(args, f"{task}_{split}") for task in args.tasks for split in ("train", "dev", "test")}
-    folder = args.data_dir
-    needed = [HERE / "data" / TASKS[task].filename(split)
-              for (task, split), path in given.items() if path is None and split != "test"]
-    if folder is None:
-        folder = HERE / "data"
-        if not all(path.exists() for path in needed):
-            folder = HERE / "data" / "demo"
-            print("*** The real sets are not in data/: this run uses the small demo sets in data/demo/, and its scores are\n"
-                  "*** no results. For the real ones: python data/download.py", flush=True)
-    paths = {task: {} for task in args.tasks}
-    for (task, split), path in given.items():
-        default = folder / TASKS[task].filename(split)
-        if path is None and not default.exists():
-            if split != "test":
-                raise InputError(f"{default}: no such file; give --data_dir, or --{task}_{split} FILE")
-            print(f"{default}: no such file, so no predictions for {task} test")
-        else:
-            paths[task][split] = path or default
-    return paths
+def resolve_surgery(args):
+    """args.surgery ("pcgrad", "gradvac" or None) and args.gradient_rows (the tasks of each row of J; None: all in one)."""
+    args.surgery = "pcgrad" if args.pcgrad else "gradvac" if args.gradvac else None
+    flag = f"--{args.surgery}" if args.surgery else "--log_gradients"
+    groups = getattr(args, args.surgery) if args.surgery else True
+    args.gradient_rows = None
+    if args.pcgrad and args.gradvac:
+        raise InputError("--pcgrad with --gradvac: one or the other")
+    if args.surgery_scope == "tensor" and not args.surgery:
+        raise InputError("--surgery_scope tensor: there is no surgery; add --pcgrad or --gradvac")
+    if not args.surgery and not args.log_gradients:
+        return
+    if args.option == "pretrain":
+        raise InputError(f"{flag} with --option pretrain: a frozen encoder has no shared gradients; use --option finetune")
+    if args.schedule == "sequential":
+        raise InputError(f"{flag} with --schedule sequential: one task's batches follow each other, so no two tasks' "
+                         "gradients meet; use round_robin or mixed")
+    groups_given = args.tasks if groups is True else groups.split(",")
+    args.gradient_rows = [group.split("+") for group in groups_given]
+    if sorted(sum(args.gradient_rows, [])) != sorted(args.tasks):
+        raise InputError(f"argument {flag}: {groups!r} does not name each of {', '.join(args.tasks)} once, "
+                         "as in sst+para,sts")
+    if len(args.gradient_rows) < 2:
+        raise InputError(f"{flag} with one {'task' if groups is True else 'group'}: there is no second gradient")
 
 
-def load_data(args, paths, encoder_folder, config):
-    """{task: {split: tokenised Examples}}. Raises InputError."""
-    tokenizer = load_tokenizer(encoder_folder)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise InputError(f"{encoder_folder}: vocab.txt has {tokenizer.get_vocab_size()} word pieces, "
-                         f"the encoder {config.vocab_size} embeddings")
-    data = {}
-    for task, splits in paths.items():
-        cross = args.pair_head.get(task) == "cross"
-        data[task] = {split: tokenize(read_examples(path, TASKS[task], split != "test", args.skip_malformed),
-                                      tokenizer, config.max_position_embeddings, cross) for split, path in splits.items()}
-        print(f"{task}: " + ", ".join(f"{len(examples)} {split}" for split, examples in data[task].items()) + " rows")
-    return data
+def output_paths(args, paths):
+    """{(task, split): path} of the predictions. Raises InputError where one cannot be written."""
+    outputs = {}
+    for task in args.tasks:
+        for split in ("dev", "test"):
+            given = getattr(args, f"{task}_{split}_out")
+            if split in paths[task]:
+                outputs[task, split] = given or HERE / "runs" / args.name / "predictions" / f"{task}-{split}-output.csv"
+            elif given:
+                raise InputError(f"--{task}_{split}_out: there is no {task} {split} file to predict")
+            if given and (given.is_dir() or not given.absolute().parent.is_dir()):
+                raise InputError(f"--{task}_{split}_out {given}: not a file in a folder that is there")
+    return outputs
 
 
 def main(argv=None):
+    """Train as the flags say. Returns the exit status: 0, 2 for bad input, 1 for a run that failed."""
+    program, status = Path(sys.argv[0]).name, 0
     try:
         args = resolve(argv)
-        folder = HERE / "runs" / args.name
-        if folder.exists():
-            raise InputError(f"{folder}: there is a run of this name; choose another --name")
-        paths = locate(args)
-        encoder_folder = fetch_encoder(args.model)
-        torch.manual_seed(args.seed)  # for the new heads
-        bert = BertModel.from_pretrained(encoder_folder)
-        data = load_data(args, paths, encoder_folder, bert.config)
-        model = MultitaskBERT(bert, args.tasks, args.pair_head, args.pooling, args.hidden_dropout_prob, args.option,
-                              args.amp).to(args.device)
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        best = train(args, model, data, Run(folder, settings), encoder_folder)
-
-        model = MultitaskBERT.load(folder).to(args.device)
-        for task, splits in data.items():
-            for split in ("dev", "test"):
-                if split in splits:
-                    path = getattr(args, f"{task}_{split}_out") or folder / "predictions" / f"{task}-{split}-output.csv"
-                    write_predictions(path, task, splits[split], predict(model, task, splits[split]))
+        join_processes(args)
+        rank, _ = rank_and_world()
+        quiet = contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext()
+        with quiet:
+            train_and_predict(args, rank)
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
+        print(f"{program}: {error}", file=sys.stderr)
+        status = 2
+    except RunFailed as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        status = 1
+    except distributed.DistBackendError as error:
+        print(f"{program}: lost the other processes ({str(error).splitlines()[0]})", file=sys.stderr)
+        status = 1
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    return status
+
+
+def train_and_predict(args, rank):
+    paths = locate(args)
+    outputs = output_paths(args, paths)
+    if rank == 0:
+        encoder_folder = fetch_encoder(args.model)
+    if distributed.is_initialized():
+        names = [args.name]  # the first process's, since the time is in it
+        distributed.broadcast_object_list(names)
+        args.name = names[0]
+    if rank:
+        encoder_folder = fetch_encoder(args.model)  # in the cache by now
+    torch.manual_seed(args.seed)  # for the new heads
+    bert = BertModel.from_pretrained(encoder_folder)
+    cross = [task for task, head in args.pair_head.items() if head == "cross"]
+    data = load_data(paths, encoder_folder, bert.config, cross, args.skip_malformed)
+    model = MultitaskBERT(bert, args.tasks, args.pair_head, args.pooling, args.hidden_dropout_prob, args.option,
+                          args.amp).to(args.device)
+    if distributed.is_initialized():
+        for tensor in model.state_dict().values():
+            distributed.broadcast(tensor, src=0)
+    folder = HERE / "runs" / args.name
+    run = Run(folder, vars(args)) if rank == 0 else None
+    best = train(args, model, data, run, encoder_folder)
+
+    if distributed.is_initialized():
+        distributed.barrier()  # the best epoch is on the disk
+    model = MultitaskBERT.load(folder).to(args.device)
+    (folder / "predictions").mkdir(exist_ok=True)
+    for (task, split), path in outputs.items():
+        predictions = predict(model, task, data[task][split])
+        if rank == 0:
+            write_predictions(path, task, data[task][split], predictions)
     print(f"best epoch {best['epoch']}: {describe(best)}\n{folder}: encoder, heads, metrics.jsonl, curves.png, predictions/")
-    return 0
 
 
 if __name__ == "__main__":

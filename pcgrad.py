@@ -1,9 +1,15 @@
-"""Gradient surgery (PCGrad; Yu et al. 2020, algorithm 1) on the Gram matrix of the task gradients.
+"""Gradient surgery: PCGrad (Yu et al. 2020, algorithm 1) and Gradient Vaccine (Wang et al. 2021), on the Gram matrix.
 
-For each task i start from its own gradient g_i and visit the other tasks j in a fresh random order; where g_i' . g_j < 0,
-subtract (g_i' . g_j / |g_j|^2) g_j, g_j being the original gradient. The update is the SUM of the g_i'.
+For each task i start from its own gradient g_i and visit the other tasks j in a fresh random order.
 
-Every g_i' is a combination of the K original gradients, and every scalar product above follows from their K x K Gram
+    PCGrad    where g_i' . g_j < 0:             g_i' <- g_i' - (g_i' . g_j / |g_j|^2) g_j
+    Vaccine   where phi = cos(g_i', g_j) < t:   g_i' <- g_i' + |g_i'| (t sqrt(1 - phi^2) - phi sqrt(1 - t^2))
+                                                               / (|g_j| sqrt(1 - t^2)) g_j
+              and always then                   t <- (1 - beta) t + beta phi, a running target t for each pair (i, j)
+
+g_j is always the original gradient, and the update is the SUM of the g_i'.
+
+Every g_i' is a combination of the K original gradients, and every product and norm above follows from their K x K Gram
 matrix G = J J^T, where row i of J is g_i. So no gradient is copied: from G come coefficients W, row i those of g_i', and
 the update is (1^T W) J, one weighted sum of the rows. J is where autograd writes in the first place: during task i's
 backward the parameters' .grad are views of row i.
@@ -11,55 +17,103 @@ backward the parameters' .grad are views of row i.
 J covers the parameters that every task reaches. Heads stay outside, each with its own task's gradient or None: inside,
 they would enter |g_j|^2 and change the projection.
 
-    python pcgrad.py           two conflicting gradients before and after
+    python pcgrad.py           two conflicting gradients before and after; what surgery costs on the default encoder
 
-Dimensions: K tasks, P shared parameters.
+Dimensions: K rows of J (tasks, or groups of tasks), P shared parameters.
 """
+import math
 import random
 
 import torch
+from torch import distributed
 
 BLOCK = 1 << 20  # columns of J whose products are summed in float32; the blocks are summed in float64
+VACCINE_BETA = 0.01  # Wang et al. 2021, section 3: the weight of the newest cosine in its running target
 
 
 class GradientBuffer:
     """J, and what a step does with it: zero, one backward a task, combine.
 
-    shared: the parameters that every task reaches. others: the heads and the like; their gradients are kept as autograd
-    gives them. tasks: their names. surgery: None for the plain sum, for which all tasks share one row of J, or "pcgrad".
+    shared: the parameters that every task reaches. heads: {task: its own parameters}, whose gradients are kept as
+    autograd gives them. surgery: None for the plain sum, "pcgrad" or "gradvac". groups: the tasks of each row of J, lists
+    of names; None for a single row that holds the sum of all. scope: "vector", or "tensor" for surgery on each parameter
+    by itself (report 1's reading of PCGrad).
+
+    Under torch.distributed each process passes the loss of its share of the rows, weighted by that share; the rows of J
+    are summed over the processes before anything is projected, each while the next task computes.
     """
 
-    def __init__(self, shared, others, tasks, surgery=None):
-        self.shared, self.others, self.surgery = list(shared), list(others), surgery
-        self.row = {task: i if surgery else 0 for i, task in enumerate(tasks)}
-        sizes = [parameter.numel() for parameter in self.shared]
-        device = [*self.shared, *self.others][0].device  # with a frozen encoder nothing is shared
-        self.J = torch.zeros(max(self.row.values()) + 1, sum(sizes), device=device)  # (K, P)
+    def __init__(self, shared, heads, surgery=None, groups=None, scope="vector"):
+        self.shared, self.heads, self.surgery = list(shared), {task: list(own) for task, own in heads.items()}, surgery
+        self.groups = groups or [list(heads)]
+        self.row = {task: i for i, group in enumerate(self.groups) for task in group}
+        K, sizes = len(self.groups), [parameter.numel() for parameter in self.shared]
+        device = next(p for own in (self.shared, *self.heads.values()) for p in own).device  # frozen: nothing is shared
+        self.J = torch.zeros(K, sum(sizes), device=device)  # (K, P)
         self.views = [[piece.view_as(parameter) for piece, parameter in zip(row.split(sizes), self.shared)]
                       for row in self.J]
+        self.scopes = sizes if scope == "tensor" else [sum(sizes)]  # columns of J that are projected together
+        self.targets = torch.zeros(len(self.scopes), K, K, dtype=torch.float64)  # Vaccine's t; saved with the run
+        self.gram = None  # (K, K) of the last step, over all columns
+        self.sending = {}  # row -> its sum over the processes, under way
 
     def zero(self):
         self.J.zero_()
-        for parameter in self.others:
+        for parameter in (p for own in self.heads.values() for p in own):
             parameter.grad = None
 
-    def backward(self, task, loss):
-        """Add the gradient of one task's loss to its row of J, and to its heads' own .grad."""
-        self._point_at(self.row[task])
-        loss.backward()
+    def backward(self, task, loss, still_to_come=None):
+        """Add the gradient of one task's loss to its row of J, and to its head's own .grad.
+
+        loss: a scalar, or None where this process has no row of the batch. still_to_come: the tasks that follow before
+        `combine`; None where that is not known, and the rows then wait for `combine` to be sent.
+        """
+        row = self.row[task]
+        if loss is not None:
+            self._point_at(row)
+            loss.backward()
+        if distributed.is_initialized() and still_to_come is not None and row not in map(self.row.get, still_to_come):
+            self._send(row)
 
     def combine(self, seed):
         """Leave the update in the shared parameters' .grad (row 0 of J). seed: for the order of the projections."""
-        if self.surgery:
-            coefficients = pcgrad(gram_matrix(self.J), seed).sum(dim=0).tolist()  # 1^T W
-            self.J[0].mul_(coefficients[0])
-            for row, coefficient in zip(self.J[1:], coefficients[1:]):
-                self.J[0].add_(row, alpha=coefficient)
+        if distributed.is_initialized():
+            self._receive()
+        grams = []
+        for i, block in enumerate(self.J.split(self.scopes, dim=1) if len(self.J) > 1 else ()):
+            grams.append(gram_matrix(block))
+            if self.surgery:
+                W = pcgrad(grams[-1], seed) if self.surgery == "pcgrad" else vaccine(grams[-1], self.targets[i], seed)
+                coefficients = W.sum(dim=0).tolist()  # 1^T W
+            else:
+                coefficients = [1.0] * len(self.J)
+            block[0].mul_(coefficients[0])
+            for row, coefficient in zip(block[1:], coefficients[1:]):
+                block[0].add_(row, alpha=coefficient)
+        self.gram = sum(grams) if grams else None
         self._point_at(0)
 
     def _point_at(self, row):
         for parameter, view in zip(self.shared, self.views[row]):
             parameter.grad = view
+
+    def _send(self, row):
+        self.sending[row] = distributed.all_reduce(self.J[row], async_op=True)
+
+    def _receive(self):
+        for row in range(len(self.J)):  # one order on all processes
+            if row not in self.sending:
+                self._send(row)
+        for work in self.sending.values():
+            work.wait()
+        self.sending.clear()
+        for own in self.heads.values():  # a head whose task no process had stays None on all
+            has = torch.tensor([any(p.grad is not None for p in own)], dtype=torch.float32, device=self.J.device)
+            distributed.all_reduce(has)
+            for parameter in own if has else ():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                distributed.all_reduce(parameter.grad)
 
 
 def gram_matrix(J):
@@ -74,19 +128,57 @@ def gram_matrix(J):
     return gram + gram.tril(-1).T
 
 
-def pcgrad(gram, seed):
-    """Algorithm 1 of Yu et al. 2020. (K, K) Gram matrix -> W (K, K), row i the coefficients of g_i' on the g_j."""
-    K = len(gram)
-    W = torch.eye(K, dtype=gram.dtype)
+def visits(K, seed):
+    """Every ordered pair (i, j) of different rows; for each i the j in a random order of their own."""
     shuffle = random.Random(seed).shuffle
     for i in range(K):
         others = [j for j in range(K) if j != i]
         shuffle(others)
         for j in others:
-            dot = W[i] @ gram[:, j]  # g_i' . g_j
-            if dot < 0 and gram[j, j] > 0:
-                W[i, j] -= dot / gram[j, j]
+            yield i, j
+
+
+def pcgrad(gram, seed):
+    """Algorithm 1 of Yu et al. 2020. (K, K) Gram matrix -> W (K, K), row i the coefficients of g_i' on the g_j."""
+    W = torch.eye(len(gram), dtype=gram.dtype)
+    for i, j in visits(len(gram), seed):
+        dot = W[i] @ gram[:, j]  # g_i' . g_j
+        if dot < 0 and gram[j, j] > 0:
+            W[i, j] -= dot / gram[j, j]
     return W
+
+
+def vaccine(gram, targets, seed, beta=VACCINE_BETA):
+    """Equation 4 and algorithm 1 of Wang et al. 2021. Like `pcgrad`; moves `targets` (K, K) in place."""
+    W = torch.eye(len(gram), dtype=gram.dtype)
+    for i, j in visits(len(gram), seed):
+        norm_i = math.sqrt(max(W[i] @ gram @ W[i], 0.0))  # |g_i'|; rounding can leave its square below 0
+        norm_j = math.sqrt(gram[j, j])
+        if norm_i <= 1e-5 * math.sqrt(gram[i, i]) or norm_j == 0:  # vanished: it has no direction to compare
+            continue
+        phi = min(1.0, max(-1.0, float(W[i] @ gram[:, j]) / (norm_i * norm_j)))
+        target = float(targets[i, j])
+        if phi < target:
+            sine = math.sqrt(1 - target ** 2)
+            W[i, j] += norm_i * (target * math.sqrt(1 - phi ** 2) - phi * sine) / (norm_j * sine)
+        targets[i, j] = (1 - beta) * target + beta * phi
+    return W
+
+
+def diagnostics(gram, names):
+    """What Yu et al. 2020 (section 2) name as the conditions for surgery to help. names: of the K rows.
+
+    norm: |g_i|. For each pair of nonzero gradients its cosine, whether it is in conflict (1 or 0), and its magnitude
+    similarity 2 |g_i| |g_j| / (|g_i|^2 + |g_j|^2), which is 1 for equal norms.
+    """
+    norms = gram.diagonal().sqrt().tolist()
+    pairs = {f"{names[i]}-{names[j]}": (i, j) for i in range(len(norms)) for j in range(i + 1, len(norms))
+             if norms[i] and norms[j]}
+    cosine = {pair: float(gram[i, j]) / (norms[i] * norms[j]) for pair, (i, j) in pairs.items()}
+    return {"norm": dict(zip(names, norms)), "cosine": cosine,
+            "magnitude_similarity": {pair: 2 * norms[i] * norms[j] / (norms[i] ** 2 + norms[j] ** 2)
+                                     for pair, (i, j) in pairs.items()},
+            "conflict": {pair: float(value < 0) for pair, value in cosine.items()}}
 
 
 if __name__ == "__main__":

@@ -8,10 +8,16 @@ and those of an epoch's steps of (seed, epoch, step). A run that goes on after a
 import dataclasses
 import hashlib
 import math
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
+
+if not __package__:  # run as `python data/batches.py`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.download import InputError  # noqa: E402
 
 SCHEDULES = ("sequential", "round_robin", "mixed")
 
@@ -44,9 +50,8 @@ def collate(examples, rows):
     return Batch(*map(torch.from_numpy, (input_ids, attention_mask, token_type_ids)), labels, rows)
 
 
-def evaluation_batches(examples, rows=None, tokens=8192):
-    """All rows (or the given ones) once, neighbours alike in length, at most `tokens` real tokens a batch."""
-    rows = np.arange(len(examples)) if rows is None else rows
+def evaluation_batches(examples, rows, tokens=8192):
+    """The given rows once, neighbours alike in length, at most `tokens` real tokens a batch (or one row)."""
     lengths = np.array([sum(len(ids) for ids, _ in examples.tokens[row]) for row in rows])
     order = np.argsort(lengths, kind="stable")
     start = 0
@@ -83,15 +88,16 @@ class Schedule:
     sequential   one batch of one task a step: all batches of the first task, then of the second, ...
     round_robin  one batch of every task a step; the set with the most batches sets the epoch and the others start over
     mixed        round_robin with batch sizes in proportion to the sets, so that all end together: B x K rows a step for
-                 one batch size B and K tasks. With a batch size for each task those are taken as they are.
+                 one batch size B and K tasks, or more where the smallest set has too few rows for one in every step.
+                 With a batch size for each task those are taken as they are.
 
     sizes: {task: rows}, in the order of the tasks. batch_size: {task: rows}, or one number.
     epoch_length: "longest"; "shortest" (the set with the fewest batches sets the epoch, the others go on from where they
     stopped in the next one; sequential: that many batches of each task); or a number of steps (sequential: shared out
-    among the tasks in proportion to their batches).
+    among the tasks in proportion to their batches; InputError where a task is left without any).
     """
 
-    def __init__(self, name, sizes, batch_size, epoch_length="longest", seed=11711):
+    def __init__(self, name, sizes, batch_size, epoch_length, seed):
         if name == "mixed" and not isinstance(batch_size, dict):
             steps = min(math.ceil(sum(sizes.values()) / (batch_size * len(sizes))), min(sizes.values()))
             batch_size = {task: Fraction(size, steps) for task, size in sizes.items()}
@@ -108,6 +114,10 @@ class Schedule:
             else:
                 ends = np.rint(np.cumsum(list(passes.values())) * epoch_length / sum(passes.values())).astype(int)
                 self.counts = dict(zip(passes, np.diff(ends, prepend=0).tolist()))
+                for task, count in self.counts.items():
+                    if count == 0:
+                        raise InputError(f"--epoch_length {epoch_length} leaves {task} without a step: {passes} batches "
+                                         "are shared out in proportion; give more steps")
             self.steps_per_epoch = sum(self.counts.values())
         else:
             self.steps_per_epoch = {"longest": max(passes.values()), "shortest": min(passes.values())}.get(
@@ -127,7 +137,7 @@ class Schedule:
 if __name__ == "__main__":
     sizes = {"sst": 8544, "para": 141506, "sts": 6040}
     for name in SCHEDULES:
-        schedule = Schedule(name, sizes, batch_size=8)
+        schedule = Schedule(name, sizes, 8, "longest", seed=11711)
         steps = [{task: len(rows) for task, rows in step} for step in schedule.epoch(0)]
         rows = {task: sum(step.get(task, 0) for step in steps) for task in sizes}
         print(f"{name}: {len(steps)} steps, the first two {steps[:2]}, rows an epoch {rows}")

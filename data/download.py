@@ -38,7 +38,7 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: what is wrong, where, and what to do."""
 
 
-def replace(path, write):
+def write_whole(path, write):
     """Write a file whole or not at all: write(temporary path in the same folder), then rename."""
     part = path.with_name(path.name + ".part")
     write(part)
@@ -126,7 +126,7 @@ def fetch_default_encoder():
             if not checked(found):
                 raise InputError(f"the weights of {DEFAULT_ENCODER} arrived damaged (sha256 differs); run the command again")
             for name in ENCODER_FILES:  # the weights last: their presence says that the rest is there
-                replace(folder / name, lambda path: shutil.copyfile(found / name, path))
+                write_whole(folder / name, lambda path: shutil.copyfile(found / name, path))
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"the encoder cannot be put into {folder} ({error}); XDG_CACHE_HOME names another place") from error
     return folder

@@ -21,6 +21,9 @@ if not __package__:  # run as `python data/tasks.py`
 from data.download import InputError, fetch_encoder  # noqa: E402
 
 
+DATA = Path(__file__).resolve().parent
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """One row of the table. `kind` fixes outputs, loss and metric; the labels lie in 0..top."""
@@ -194,6 +197,49 @@ def join(texts, cls, sep, max_length):
         texts = [texts[0][:room]]
     first = [cls, *texts[0], sep]
     return np.array(first + [i for text in texts[1:] for i in (*text, sep)], dtype=np.int64), len(first)
+
+
+def locate(args):
+    """{task: {split: path}} of a run's flags; test only where there is one. Raises InputError for a missing file.
+
+    args: tasks, data_dir, and TASK_SPLIT (a path or None) for every task of the table.
+    """
+    given = {(task, split): getattr(args, f"{task}_{split}") for task in TASKS for split in ("train", "dev", "test")}
+    for (task, split), path in given.items():
+        if path is not None and task not in args.tasks:
+            raise InputError(f"--{task}_{split}: {task} is not among --tasks {','.join(args.tasks)}")
+    given = {key: path for key, path in given.items() if key[0] in args.tasks}
+    folder = args.data_dir or DATA
+    needed = [DATA / TASKS[task].filename(split) for (task, split), path in given.items() if not path and split != "test"]
+    if args.data_dir is None and not all(path.exists() for path in needed):
+        folder = DATA / "demo"
+        print(f"*** The real sets are not in {DATA}: this run uses the small demo sets in {folder}, and its scores are\n"
+              "*** no results. For the real ones: python data/download.py", flush=True)
+    paths = {task: {} for task in args.tasks}
+    for (task, split), path in given.items():
+        default = folder / TASKS[task].filename(split)
+        if path is None and split == "test" and not default.exists():
+            print(f"{default}: no such file, so no predictions for {task} test")
+            continue
+        paths[task][split] = path or default
+        if not paths[task][split].is_file():
+            raise InputError(f"{paths[task][split]}: no such file; give --data_dir, or --{task}_{split} FILE")
+    return paths
+
+
+def load_data(paths, encoder_folder, config, cross, skip_malformed):
+    """{task: {split: tokenised Examples}}. cross: the pair tasks to cross-encode. Raises InputError."""
+    tokenizer = load_tokenizer(encoder_folder)
+    if max(tokenizer.get_vocab().values()) >= config.vocab_size or (cross and config.type_vocab_size < 2):
+        raise InputError(f"{encoder_folder}: the encoder has {config.vocab_size} word embeddings and {config.type_vocab_size} "
+                         f"token types, too few for its vocab.txt or for pairs")
+    data = {}
+    for task, splits in paths.items():
+        data[task] = {split: tokenize(read_examples(path, TASKS[task], split != "test", skip_malformed),
+                                      tokenizer, config.max_position_embeddings, task in cross)
+                      for split, path in splits.items()}
+        print(f"{task}: " + ", ".join(f"{len(examples)} {split}" for split, examples in data[task].items()) + " rows")
+    return data
 
 
 if __name__ == "__main__":
