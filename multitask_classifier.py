@@ -535,10 +535,12 @@ def main(argv=None):
     except RunFailed as error:
         print(f"{program}: {error}", file=sys.stderr)
         status = 1
-    except distributed.DistBackendError as error:
-        print(f"{program}: lost the other processes ({str(error).splitlines()[0]})", file=sys.stderr)
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistBackendError) and "gloo" not in str(error):
+            raise
+        print(f"{program}: another process of this run has ended ({str(error).splitlines()[0]})", file=sys.stderr)
         status = 1
-    if distributed.is_initialized():
+    if distributed.is_initialized() and status == 0:
         distributed.destroy_process_group()
     return status
 

@@ -23,6 +23,7 @@ Dimensions: K rows of J (tasks, or groups of tasks), P shared parameters.
 """
 import math
 import random
+import time
 
 import torch
 from torch import distributed
@@ -181,6 +182,28 @@ def diagnostics(gram, names):
             "conflict": {pair: float(value < 0) for pair, value in cosine.items()}}
 
 
+def step_times(model, optimizer, steps, rounds=15):
+    """{surgery: median seconds of a training step} for the plain sum (None), PCGrad and Vaccine, in turn on the same batches.
+
+    steps: some steps, each a list of (name of a row of J, task, batch); they are used over and over.
+    """
+    names = [name for name, _, _ in steps[0]]
+    heads = dict.fromkeys(names, ()) | {names[0]: list(model.heads.parameters())}
+    buffers = {surgery: GradientBuffer(model.shared_parameters(), heads, surgery, surgery and [[name] for name in names])
+               for surgery in (None, "pcgrad", "gradvac")}
+    times = {surgery: [] for surgery in buffers}
+    for i in range(rounds + 2):  # the first two warm up
+        for surgery, gradients in buffers.items():
+            start = time.perf_counter()
+            gradients.zero()
+            for name, task, batch in steps[i % len(steps)]:
+                gradients.backward(name, model.loss(task, batch))
+            gradients.combine(seed=i)
+            optimizer.step()
+            times[surgery].append(time.perf_counter() - start)
+    return {surgery: sorted(values[2:])[rounds // 2] for surgery, values in times.items()}
+
+
 if __name__ == "__main__":
     J = torch.tensor([[2.0, 1.0], [-1.0, 0.5]])
     W = pcgrad(gram_matrix(J), seed=0).float()
@@ -188,4 +211,40 @@ if __name__ == "__main__":
     for i, (projected, other) in enumerate(zip(W @ J, J.flip(0)), start=1):
         print(f"g_{i}' = {[round(x, 3) for x in projected.tolist()]}, "
               f"its product with the other gradient {projected @ other:.2f}")
-    print(f"plain sum {J.sum(0).tolist()}, PCGrad's update {[round(x, 3) for x in (W @ J).sum(0).tolist()]}")
+    print(f"plain sum {J.sum(0).tolist()}, PCGrad's update {[round(x, 3) for x in (W @ J).sum(0).tolist()]}\n")
+
+    import sys
+
+    import numpy as np
+
+    from bert import BertModel
+    from data.batches import collate
+    from data.download import fetch_encoder
+    from data.tasks import load_data, locate
+    from multitask_classifier import DEFAULT_BATCH_SIZE, MultitaskBERT, resolve
+    from optimizer import AdamW
+
+    args = resolve(["--option", "finetune", "--pair_head", "cross", *sys.argv[1:]])  # --data_dir, --model, ...
+    folder = fetch_encoder(args.model)
+    bert = BertModel.from_pretrained(folder)
+    data = load_data(locate(args), folder, bert.config, ["para", "sts"], skip_malformed=False)
+    model = MultitaskBERT(bert, args.tasks, args.pair_head, args.pooling, args.hidden_dropout_prob).to(args.device).train()
+    bert.word_embedding.sparse = True  # as in training
+    optimizer, generator = AdamW(model.parameters(), lr=1e-5), np.random.default_rng(0)
+    P = sum(parameter.numel() for parameter in model.shared_parameters())
+
+    def random_batch(task):
+        rows = generator.permutation(len(data[task]["train"]))[:DEFAULT_BATCH_SIZE[task]]
+        return collate(data[task]["train"], rows)
+
+    median = step_times(model, optimizer, [[(task, task, random_batch(task)) for task in args.tasks] for _ in range(5)])
+    print(f"a training step, {P / 1e6:.1f}M shared parameters, {DEFAULT_BATCH_SIZE} rows, over that of the plain sum: "
+          f"pcgrad {median['pcgrad'] / median[None]:.3f}, gradvac {median['gradvac'] / median[None]:.3f}")
+    unit = None
+    for K in (2, 4, 8):
+        steps = [[(f"copy {k}", "sts", random_batch("sts")) for k in range(K)] for _ in range(3)]
+        median = step_times(model, optimizer, steps, rounds=7)
+        unit = unit or median[None] / K
+        print(f"K = {K} copies of sts: time an example, 1 for the plain sum at K = 2: sum {median[None] / K / unit:.2f}, "
+              f"pcgrad {median['pcgrad'] / K / unit:.2f}, gradvac {median['gradvac'] / K / unit:.2f}; "
+              f"J {4e-6 * K * P:.0f} MB, where the sum has {4e-6 * P:.0f} MB")

@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -968,9 +969,10 @@ def test_two_processes_equal_one():
     alone, together = root / "runs" / "alone", root / "runs" / "together"
     status, said, _ = run(*flags, name=str(alone))
     assert status == 0, said
-    done = torchrun(*flags, "--name", str(together))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1/2") == 1, "only the first process prints"
+    with torchrun(*flags, "--name", str(together)) as process:
+        printed, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert printed.count("epoch 1/2") == 1, "only the first process prints"
     for name in ("model.safetensors", "heads.safetensors"):
         a, b = load_file(alone / name), load_file(together / name)
         difference = math.sqrt(sum(float((a[key] - b[key]).double().square().sum()) for key in a))
@@ -979,10 +981,26 @@ def test_two_processes_equal_one():
     assert all(abs(x["dev"][task] - y["dev"][task]) < 1e-4 for x, y in zip(a, b) for task in x["dev"])
 
 
-def torchrun(*flags, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+def test_a_killed_process_ends_the_run():
+    root = workspace()
+    flags = ["--model", root / "tiny", "--option", "finetune", "--data_dir", root / "data", "--epoch_length", 100000]
+    with torchrun(*flags, "--name", root / "runs" / "killed") as process:
+        while not (root / "runs" / "killed" / "metrics.jsonl").exists() or not read_metrics(root / "runs" / "killed", "step"):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.2)
+        workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+        start = time.perf_counter()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.perf_counter() - start < 60
+    assert "SIGKILL" in errors, errors  # torchrun says which process ended, and how
+
+
+def torchrun(*flags):
+    """Two processes of the training script, started."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                multitask_classifier.__file__, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_the_demo_is_used_aloud_and_only_where_nothing_was_asked_for():
