@@ -237,7 +237,8 @@ def read_checkpoint(folder):
                 tensors = dict(read(path))
                 if not all(isinstance(key, str) and isinstance(x, torch.Tensor) for key, x in tensors.items()):
                     raise TypeError
-            except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, TypeError, OSError, EOFError) as error:
+            except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, TypeError, OSError,
+                    EOFError) as error:
                 raise InputError(f"{path}: cannot be read as named tensors and nothing else ({type(error).__name__}); "
                                  "it is damaged, or holds more than weights") from None
             positions = tensors.pop(next((key for key in tensors if key.endswith("embeddings.position_ids")), ""), None)

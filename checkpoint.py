@@ -31,7 +31,7 @@ class Run:
         except FileExistsError:
             raise InputError(f"{folder}: there is a run of this name; choose another --name") from None
         except OSError as error:
-            raise InputError(f"{folder}: the run's folder cannot be made ({error.strerror}); choose another --name") from None
+            raise InputError(f"{folder}: this folder cannot be made ({error.strerror}); choose another --name") from None
 
     def log(self, kind, **fields):
         """Append one line to metrics.jsonl; kind is "step" or "evaluation"."""

@@ -267,7 +267,7 @@ def train(args, model, data, run, encoder_folder):
     for epoch in range(args.epochs):
         model.train()
         gradients.zero()
-        measured, conflicts = Meter(model.device), []
+        measured, diagnosed, logged = Meter(model.device), [], 0
         bar = tqdm(schedule.epoch(epoch), desc=f"epoch {epoch + 1}/{args.epochs}", total=schedule.steps_per_epoch,
                    unit="step", leave=False, disable=rank > 0)
         for step, batches in enumerate(bar, start=1):
@@ -283,7 +283,7 @@ def train(args, model, data, run, encoder_folder):
             if closing:
                 gradients.combine(seed_of(args.seed, epoch, step, "order of the projections"))
                 if gradients.gram is not None:
-                    conflicts.append(diagnostics(gradients.gram, row_names))
+                    diagnosed.append(diagnostics(gradients.gram, row_names))
                 if args.clip:
                     nn.utils.clip_grad_norm_(trainable, args.clip)
                 update += 1
@@ -301,16 +301,18 @@ def train(args, model, data, run, encoder_folder):
                 means = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
                 bar.set_postfix_str(f"{means}, {speed:.0f} tokens/s")
                 if run:
-                    since = {"gradients": mean_of(conflicts[-LOG_EVERY:])} if conflicts else {}
+                    since = {"gradients": mean_of(diagnosed[logged:])} if diagnosed[logged:] else {}
                     run.log("step", epoch=epoch + 1, step=epoch * schedule.steps_per_epoch + step, losses=losses,
                             lr=optimizer.param_groups[0]["lr"], tokens_per_second=round(speed), **since)
+                    logged = len(diagnosed)
 
         scores = evaluate(model, data, args.seed)
         improved = best is None or selection(scores) > selection(best)
         best = {"epoch": epoch + 1, **scores} if improved else best
-        print(f"epoch {epoch + 1}/{args.epochs}  {describe(scores)}{'  best so far, saved' if improved else ''}", flush=True)
-        if conflicts:
-            print(f"           {describe_gradients(mean_of(conflicts))}", flush=True)
+        saved = "  best so far, saved" if improved else ""
+        print(f"epoch {epoch + 1}/{args.epochs}  {describe(scores)}{saved}", flush=True)
+        if diagnosed:
+            print(f"           {describe_gradients(mean_of(diagnosed))}", flush=True)
         if run:
             run.log("evaluation", epoch=epoch + 1, step=(epoch + 1) * schedule.steps_per_epoch, **scores)
             if improved:
@@ -402,11 +404,11 @@ def get_parser():
     group.add_argument("--seed", type=number(int, 0, 2 ** 63), default=11711, help="of everything random")
     group = parser.add_argument_group("gradient surgery")
     group.add_argument("--pcgrad", nargs="?", const=True, metavar="GROUPS",
-                       help="project conflicting task gradients (Yu et al. 2020); tasks that share a gradient: sst+para,sts")
+                       help="project conflicting task gradients (Yu et al. 2020); GROUPS of tasks share one: sst+para,sts")
     group.add_argument("--gradvac", nargs="?", const=True, metavar="GROUPS",
                        help="Gradient Vaccine (Wang et al. 2021), with groups like --pcgrad")
     group.add_argument("--surgery_scope", choices=("vector", "tensor"), default="vector",
-                       help="vector: all shared parameters as one vector, as in the papers; tensor: each parameter by itself")
+                       help="vector: all shared parameters as one, as in the papers; tensor: each parameter by itself")
     group.add_argument("--log_gradients", action="store_true",
                        help="measure the tasks' gradients (cosines, conflicts, norms) without surgery; surgery always does")
     group = parser.add_argument_group("machine and run")
@@ -422,7 +424,7 @@ def get_parser():
         for kind in ("train", "dev", "test", "dev_out", "test_out"):
             group.add_argument(f"--{task}_{kind}", type=Path, help=argparse.SUPPRESS)
     parser.epilog = ("One file each: --TASK_train, --TASK_dev, --TASK_test FILE in place of the one in the data folder; "
-                     "--TASK_dev_out, --TASK_test_out FILE for the predictions (default: predictions/ in the run's folder).")
+                     "--TASK_dev_out, --TASK_test_out FILE for the predictions (default: predictions/ in its folder).")
     return parser
 
 
@@ -577,7 +579,8 @@ def train_and_predict(args, rank):
         predictions = predict(model, task, data[task][split])
         if rank == 0:
             write_predictions(path, task, data[task][split], predictions)
-    print(f"best epoch {best['epoch']}: {describe(best)}\n{folder}: encoder, heads, metrics.jsonl, curves.png, predictions/")
+    print(f"best epoch {best['epoch']}: {describe(best)}\n"
+          f"{folder}: encoder, heads, metrics.jsonl, curves.png, predictions/")
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def diagnostics(gram, names):
 
 
 def step_times(model, optimizer, steps, rounds=15):
-    """{surgery: median seconds of a training step} for the plain sum (None), PCGrad and Vaccine, in turn on the same batches.
+    """{surgery: median seconds of a training step}, for the plain sum (None), PCGrad and Vaccine in turn.
 
     steps: some steps, each a list of (name of a row of J, task, batch); they are used over and over.
     """

@@ -1230,7 +1230,7 @@ def test_bad_input_gives_one_line_and_status_2():
         (["--batch_size", "sst=2,sst=3,para=2,sts=2"], "is not one more NAME=value"),
         (["--sst_dev_out", str(root)], "not a file in a folder"),
         (["--sst_dev_out", str(root / "nowhere" / "a.csv")], "not a file in a folder"),
-        (["--name", str(root / "tiny" / "vocab.txt" / "x")], "the run's folder cannot be made"),
+        (["--name", str(root / "tiny" / "vocab.txt" / "x")], "this folder cannot be made"),
         (["--sst_train", str(root / "empty.csv")], "the file is empty"),
         (["--sst_train", str(root / "labels.csv")], "labels.csv: 1 of 1 rows are malformed: line 2: sentiment 9"),
         (["--model", str(root / "nowhere" / "at" / "all")], "--model"),

