@@ -357,7 +357,8 @@ def selection(scores):
 
 def describe(scores):
     tasks = [f"{task} {dev:.3f} (train {scores['train'][task]:.3f})" for task, dev in scores["dev"].items()]
-    return "  ".join(["dev"] + tasks + [f"{name} {value:.3f}" for name, value in scores.items() if name.startswith("overall")])
+    means = [f"{name} {value:.3f}" for name, value in overall(scores["dev"]).items()]
+    return "  ".join(["dev", *tasks, *means])
 
 
 def describe_gradients(mean):

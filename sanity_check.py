@@ -269,7 +269,8 @@ def test_default_encoder_gives_the_stored_embeddings():
     if not FULL and not (cache_folder() / DEFAULT_ENCODER / "model.safetensors").exists():
         raise SkipTest("the default encoder is not in the cache; with --full it is fetched")
     folder = fetch_encoder()
-    encodings = load_tokenizer(folder).encode_batch(["The film is a quiet triumph.", "Nobody asked for this sequel, did they?"])
+    sentences = ["The film is a quiet triumph.", "Nobody asked for this sequel, did they?"]
+    encodings = load_tokenizer(folder).encode_batch(sentences)
     ids = torch.zeros(2, max(len(e.ids) for e in encodings), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, e in enumerate(encodings):
@@ -334,7 +335,8 @@ def test_checkpoints_of_every_age_load():
     assert "no pooler" in said and torch.equal(loaded["word_embedding.weight"], model.word_embedding.weight)
     raises(InputError, "no tensor for embed_layer_norm.weight", load,
            {name: tensor for name, tensor in published.items() if name != "embeddings.LayerNorm.weight"})
-    raises(InputError, "has shape (499, 16)", load, {**published, "embeddings.word_embeddings.weight": torch.zeros(499, 16)})
+    raises(InputError, "has shape (499, 16)", load,
+           {**published, "embeddings.word_embeddings.weight": torch.zeros(499, 16)})
     raises(InputError, "two tensors for ", load,
            {**published, "bert.embeddings.LayerNorm.weight": torch.ones(16)})
     raises(InputError, "position_ids is not", load, {**published, "embeddings.position_ids": torch.arange(64)[None] + 1})
@@ -411,10 +413,11 @@ def test_adamw_leaves_a_parameter_without_gradient_alone():
     for parameter in (moved, idle):
         parameter.grad = torch.ones(3)
     optimizer.step()
-    before, state = idle.detach().clone(), {k: torch.as_tensor(x).clone() for k, x in optimizer.state[idle].items()}
+    before = [torch.as_tensor(x).clone() for x in (idle.detach(), *optimizer.state[idle].values())]
     idle.grad = None
     optimizer.step()
-    assert torch.equal(idle, before) and all(torch.equal(torch.as_tensor(optimizer.state[idle][k]), state[k]) for k in state)
+    after = [torch.as_tensor(x) for x in (idle.detach(), *optimizer.state[idle].values())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert optimizer.state[moved]["step"] == 2
     raises(ValueError, "invalid lr", AdamW, [moved], lr=-1.0)
 
@@ -692,16 +695,20 @@ def test_reading_counts_and_names_malformed_rows():
     with contextlib.redirect_stdout(io.StringIO()) as said:
         examples = read_examples(write("a.csv", rows(200, "200\tx\tgood\t7\n201\ty\tgood\tbad\n")), TASKS["sst"])
     assert len(examples) == 200 and examples.labels[6] == 1 and examples.texts[3] == ("film 3",)
-    assert "left out 2 malformed of 202 rows: line 202: sentiment 7 is outside 0..4; line 203: sentiment 'bad'" in said.getvalue()
+    assert ("left out 2 malformed of 202 rows: line 202: sentiment 7 is outside 0..4; line 203: sentiment 'bad'"
+            in said.getvalue())
     few = write("b.csv", rows(20, "20\tx\tgood\n21\ty\t \t1\n22\tz\tgood\t1.5\n23\tz\tgood\tnan\n"))
-    raises(InputError, "4 of 24 rows are malformed: line 22: 3 fields where the header has 4", read_examples, few, TASKS["sst"])
+    raises(InputError, "4 of 24 rows are malformed: line 22: 3 fields where the header has 4",
+           read_examples, few, TASKS["sst"])
     with contextlib.redirect_stdout(io.StringIO()):
         assert len(read_examples(few, TASKS["sst"], skip_malformed=True)) == 20
     for text, part in ((rows(3).replace("sentiment", "label"), "no column 'sentiment'"), ("", "the file is empty"),
-                       (rows(0), "no rows"), (b"\tid\tsentence\tsentiment\n0\tx\t\xff\t1\n", "line 2: byte 0xff is not UTF-8"),
+                       (rows(0), "no rows"),
+                       (b"\tid\tsentence\tsentiment\n0\tx\t\xff\t1\n", "line 2: byte 0xff is not UTF-8"),
                        (rows(9).replace(" film 3", '"film 3'), "row that starts in line 5"),
                        (rows(9).replace(" film 3", '"film" 3'), "row that starts in line 5"),
-                       (rows(9).replace(" film 3", '"film 3').replace("film 6\t1", 'film 6"\t1'), "quote opened in line 5")):
+                       (rows(9).replace(" film 3", '"film 3').replace("film 6\t1", 'film 6"\t1'),
+                        "quote opened in line 5")):
         raises(InputError, part, read_examples, write("c.csv", text), TASKS["sst"])
     raises(InputError, "no such file", read_examples, Path("nowhere.csv"), TASKS["sst"])
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -709,7 +716,8 @@ def test_reading_counts_and_names_malformed_rows():
         for variant in ("\ufeff" + rows(9), rows(9).replace("\n", "\r\n"), rows(9).rstrip("\n"), rows(9) + "\n\n"):
             other = read_examples(write("e.csv", variant), TASKS["sst"])
             assert other.texts == plain.texts and (other.labels == plain.labels).all()
-    quoted = read_examples(write("f.csv", 'sentiment\tid\tmore\tsentence\n3\tx\t-\t"He said ""no"",\nthen left."\n'), TASKS["sst"])
+    text = 'sentiment\tid\tmore\tsentence\n3\tx\t-\t"He said ""no"",\nthen left."\n'
+    quoted = read_examples(write("f.csv", text), TASKS["sst"])
     assert quoted.texts == [('He said "no",\nthen left.',)] and quoted.labels.tolist() == [3]
     test = read_examples(write("g.csv", "0\t\tid\tsentence\n1\t0.0\tx\tA film.\n"), TASKS["cfimdb"], labelled=False)
     assert test.ids == ["x"] and test.labels is None
@@ -731,9 +739,9 @@ def test_tokens_are_berts_and_are_cut_aloud():
     assert [ids.tolist() for ids, _ in apart[0]] == [[cls, *side, sep] for side in ids]
     assert f"cut 1 of 2 rows to {limit} tokens" in said.getvalue()
     examples = tokenize(read_examples(path, TASKS["sts"]), tokenizer, 64, cross=True)
-    batch = collate(examples, np.array([1, 0]))
-    assert batch.token_type_ids.sum(1).tolist() == [len(row[0][0]) - row[0][1] for row in (examples.tokens[1], examples.tokens[0])]
-    assert batch.labels.tolist() == [2, 1] and batch.attention_mask.sum(1).tolist() == [len(examples.tokens[i][0][0]) for i in (1, 0)]
+    batch, (((ids, first),), ((ids_2, first_2),)) = collate(examples, np.array([1, 0])), examples.tokens
+    assert batch.labels.tolist() == [2, 1] and batch.attention_mask.sum(1).tolist() == [len(ids_2), len(ids)]
+    assert batch.token_type_ids.sum(1).tolist() == [len(ids_2) - first_2, len(ids) - first]
     examples.tokens = apart
     assert collate(examples, np.array([0, 1])).input_ids.shape[0] == 4
 
@@ -756,7 +764,7 @@ def test_schedules_hold_what_they_say():
         return [row for step in steps for name, rows in step if name == task for row in rows.tolist()]
 
     steps = epoch("sequential")
-    assert [step[0][0] for step in steps] == ["sst"] * 7 + ["para"] * 26 + ["sts"] * 4 and all(len(step) == 1 for step in steps)
+    assert [[name for name, _ in step] for step in steps] == [["sst"]] * 7 + [["para"]] * 26 + [["sts"]] * 4
     assert all(sorted(rows(steps, task)) == list(range(size)) for task, size in sizes.items())
     assert [step[0][0] for step in epoch("sequential", epoch_length=10)] == ["sst"] * 2 + ["para"] * 7 + ["sts"]
     assert len(epoch("sequential", epoch_length="shortest")) == 12
@@ -865,7 +873,8 @@ def test_each_flag_changes_the_run():
 def test_epochs_are_as_long_as_asked():
     """24 rows of each task; sst=16, para=32, sts=12 by default."""
     for flags, steps in ((["longest"], 2), (["shortest"], 1), ([5], 5), (["longest", "--batch_size", 5], 5),
-                         (["longest", "--batch_size", "sst=24,para=3,sts=7"], 8), (["longest", "--schedule", "sequential"], 5),
+                         (["longest", "--batch_size", "sst=24,para=3,sts=7"], 8),
+                         (["longest", "--schedule", "sequential"], 5),
                          (["longest", "--schedule", "mixed"], 2), (["longest", "--tasks", "cfimdb"], 3)):
         status, said, folder = run("--epoch_length", *flags)
         assert status == 0, said
@@ -984,13 +993,14 @@ def test_two_processes_equal_one():
 def test_a_killed_process_ends_the_run():
     root = workspace()
     flags = ["--model", root / "tiny", "--option", "finetune", "--data_dir", root / "data", "--epoch_length", 100000]
-    with torchrun(*flags, "--name", root / "runs" / "killed") as process:
-        while not (root / "runs" / "killed" / "metrics.jsonl").exists() or not read_metrics(root / "runs" / "killed", "step"):
+    folder = root / "runs" / "killed"
+    with torchrun(*flags, "--name", folder) as process:
+        while not (folder / "metrics.jsonl").exists() or not read_metrics(folder, "step"):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.2)
-        workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+        workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
         start = time.perf_counter()
-        os.kill(int(workers[-1]), signal.SIGKILL)
+        os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and time.perf_counter() - start < 60
     assert "SIGKILL" in errors, errors  # torchrun says which process ended, and how
@@ -1016,7 +1026,8 @@ def test_the_demo_is_used_aloud_and_only_where_nothing_was_asked_for():
 
     with mock.patch.object(tasks, "DATA", real):
         paths, said = locate()
-        assert "are not in" in said and "download.py" in said and paths["sst"]["train"] == real / "demo" / "ids-sst-train.csv"
+        assert "are not in" in said and "download.py" in said
+        assert paths["sst"]["train"] == real / "demo" / "ids-sst-train.csv"
         raises(InputError, "ids-sst-train.csv: no such file", locate, "--data_dir", real)
         raises(InputError, "x.csv: no such file", locate, "--sst_train", real / "x.csv")
         raises(InputError, "cfimdb is not among --tasks", locate, "--cfimdb_dev", real / "demo" / "ids-cfimdb-dev.csv")
@@ -1158,7 +1169,8 @@ def test_a_run_leaves_what_it_promises():
         tokenize(examples, tokenizer, 64, cross=False)
         assert np.abs(multitask_classifier.predict(model, task, examples) - predictions).max() < 1e-5
     raises(InputError, "not a run", MultitaskBERT.load, workspace() / "tiny")
-    for damage in (b"", (folder / "heads.safetensors").read_bytes()[:-9], (workspace() / "tiny" / "model.safetensors").read_bytes()):
+    cut, other = (folder / "heads.safetensors").read_bytes()[:-9], (folder / "model.safetensors").read_bytes()
+    for damage in (b"", cut, other):
         (folder / "heads.safetensors").write_bytes(damage)
         raises(InputError, "not a run", MultitaskBERT.load, folder)
 
@@ -1260,7 +1272,8 @@ def test_demo_run_learns():
         raise SkipTest("with --full")
     folder = workspace() / "demo"
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert multitask_classifier.main(["--option", "finetune", "--pcgrad", "--data_dir", str(DEMO), "--name", str(folder)]) == 0
+        flags = ["--option", "finetune", "--pcgrad", "--data_dir", str(DEMO), "--name", str(folder)]
+        assert multitask_classifier.main(flags) == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     dev = max((line for line in lines if line["kind"] == "evaluation"), key=lambda line: line["overall_2023"])["dev"]
     assert dev["sst"] >= 0.40 and dev["para"] >= 0.75 and dev["sts"] >= 0.70, said.getvalue()
@@ -1268,10 +1281,14 @@ def test_demo_run_learns():
 
 # ---------------------------------------------------------------- stored values and the runner
 
-STORED_IDS = [[101, 1996, 2143, 2003, 1037, 4251, 10911, 1012, 102, 0, 0], [101, 6343, 2356, 2005, 2023, 8297, 1010, 2106, 2027, 1029, 102]]
-STORED_CLS = [[-0.2285301, -0.0404145, 0.417334, -0.0190319, -0.154999, 0.0167786], [0.0205113, 0.0973974, 0.1900676, -0.0039369, 0.0941866, 0.1808437]]
-STORED_MEAN = [[-0.0309636, 0.1109137, 0.0930861, 0.0387746, -0.2119545, 0.1756335], [-0.3196696, 0.2232597, 0.1744754, 0.0761012, -0.2033074, -0.2638388]]
-STORED_POOLER = [[-0.0520373, -0.0431513, 0.0213192, 0.0768633, -0.0953051, 0.0144682], [-0.0112392, 0.0450846, 0.0587121, 0.0795594, -0.1073437, -0.0098406]]
+STORED_IDS = [[101, 1996, 2143, 2003, 1037, 4251, 10911, 1012, 102, 0, 0],
+              [101, 6343, 2356, 2005, 2023, 8297, 1010, 2106, 2027, 1029, 102]]
+STORED_CLS = [[-0.2285301, -0.0404145, 0.417334, -0.0190319, -0.154999, 0.0167786],
+              [0.0205113, 0.0973974, 0.1900676, -0.0039369, 0.0941866, 0.1808437]]
+STORED_MEAN = [[-0.0309636, 0.1109137, 0.0930861, 0.0387746, -0.2119545, 0.1756335],
+               [-0.3196696, 0.2232597, 0.1744754, 0.0761012, -0.2033074, -0.2638388]]
+STORED_POOLER = [[-0.0520373, -0.0431513, 0.0213192, 0.0768633, -0.0953051, 0.0144682],
+                 [-0.0112392, 0.0450846, 0.0587121, 0.0795594, -0.1073437, -0.0098406]]
 
 
 def main(words):
