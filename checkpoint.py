@@ -45,7 +45,7 @@ def read_metrics(folder, kind):
 
 
 def mean_of(records):
-    """The mean of equal-shaped nested dicts of numbers; a key that some lack is averaged over those that have it."""
+    """The mean of nested dicts of numbers, key by key, over the records that have the key."""
     keys = dict.fromkeys(key for record in records for key in record)
     columns = {key: [record[key] for record in records if key in record] for key in keys}
     return {key: mean_of(values) if isinstance(values[0], dict) else sum(values) / len(values)
@@ -70,7 +70,7 @@ def plot_curves(folder):
     scores.set(xlabel="epoch", ylabel="accuracy; Pearson r for sts", title="scores")
     scores.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in gradients:
-        for pair in measured[0]["gradients"]["cosine"]:
+        for pair in dict.fromkeys(pair for line in measured for pair in line["gradients"]["cosine"]):
             points = [(line["step"], line["gradients"]["cosine"][pair]) for line in measured
                       if pair in line["gradients"]["cosine"]]
             axes.plot(*zip(*points), lw=1, label=pair)

@@ -11,7 +11,6 @@ Dimensions: B rows in a batch, S sequences (B, or 2B where pairs are encoded apa
 """
 import argparse
 import contextlib
-import datetime
 import json
 import math
 import os
@@ -162,11 +161,22 @@ class MultitaskBERT(nn.Module):
 # ---------------------------------------------------------------- processes
 
 def join_processes(args):
-    """Meet the other processes where torchrun started several: one a GPU over nccl, or several on the CPU over gloo."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=60))
+    """Meet the other processes where torchrun started several: one a GPU over nccl, or several on the CPU over gloo.
+
+    They share a file system: the first one writes the run's folder, and all read the best epoch from it.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if args.device == "mps":
+        raise InputError("--use_gpu with several processes: an Apple machine has one GPU; leave out torchrun")
+    if args.device == "cpu":
+        distributed.init_process_group("gloo")
+    else:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
+        torch.cuda.set_device(local_rank)
+        distributed.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
 
 
 def rank_and_world():
@@ -483,11 +493,11 @@ def resolve(argv):
 
 def resolve_surgery(args):
     """args.surgery ("pcgrad", "gradvac" or None) and args.gradient_rows (the tasks of each row of J; None: all in one)."""
-    args.surgery = "pcgrad" if args.pcgrad else "gradvac" if args.gradvac else None
+    args.surgery = "pcgrad" if args.pcgrad is not None else "gradvac" if args.gradvac is not None else None
     flag = f"--{args.surgery}" if args.surgery else "--log_gradients"
     groups = getattr(args, args.surgery) if args.surgery else True
     args.gradient_rows = None
-    if args.pcgrad and args.gradvac:
+    if args.pcgrad is not None and args.gradvac is not None:
         raise InputError("--pcgrad with --gradvac: one or the other")
     if args.surgery_scope == "tensor" and not args.surgery:
         raise InputError("--surgery_scope tensor: there is no surgery; add --pcgrad or --gradvac")
@@ -499,7 +509,7 @@ def resolve_surgery(args):
         raise InputError(f"{flag} with --schedule sequential: one task's batches follow each other, so no two tasks' "
                          "gradients meet; use round_robin or mixed")
     groups_given = args.tasks if groups is True else groups.split(",")
-    args.gradient_rows = [group.split("+") for group in groups_given]
+    args.gradient_rows = [[name.strip() for name in group.split("+")] for group in groups_given]
     if sorted(sum(args.gradient_rows, [])) != sorted(args.tasks):
         raise InputError(f"argument {flag}: {groups!r} does not name each of {', '.join(args.tasks)} once, "
                          "as in sst+para,sts")
@@ -524,26 +534,24 @@ def output_paths(args, paths):
 
 def main(argv=None):
     """Train as the flags say. Returns the exit status: 0, 2 for bad input, 1 for a run that failed."""
-    program, status = Path(sys.argv[0]).name, 0
+    status, message = 0, None
     try:
         args = resolve(argv)
         join_processes(args)
         rank, _ = rank_and_world()
-        quiet = contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext()
-        with quiet:
+        with contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext():
             train_and_predict(args, rank)
     except InputError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        status = 2
+        status, message = 2, str(error)
     except RunFailed as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        status = 1
+        status, message = 1, str(error)
     except RuntimeError as error:
         if not isinstance(error, distributed.DistBackendError) and "gloo" not in str(error):
             raise
-        print(f"{program}: another process of this run has ended ({str(error).splitlines()[0]})", file=sys.stderr)
-        status = 1
-    if distributed.is_initialized() and status == 0:
+        status, message = 1, f"lost touch with another process of this run ({str(error).splitlines()[0]})"
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    elif distributed.is_initialized():
         distributed.destroy_process_group()
     return status
 
@@ -575,10 +583,10 @@ def train_and_predict(args, rank):
     if distributed.is_initialized():
         distributed.barrier()  # the best epoch is on the disk
     model = MultitaskBERT.load(folder).to(args.device)
-    (folder / "predictions").mkdir(exist_ok=True)
     for (task, split), path in outputs.items():
         predictions = predict(model, task, data[task][split])
         if rank == 0:
+            (folder / "predictions").mkdir(exist_ok=True)
             write_predictions(path, task, data[task][split], predictions)
     print(f"best epoch {best['epoch']}: {describe(best)}\n"
           f"{folder}: encoder, heads, metrics.jsonl, curves.png, predictions/")

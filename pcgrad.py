@@ -29,7 +29,7 @@ import torch
 from torch import distributed
 
 BLOCK = 1 << 20  # columns of J whose products are summed in float32; the blocks are summed in float64
-VACCINE_BETA = 0.01  # Wang et al. 2021, section 3: the weight of the newest cosine in its running target
+VACCINE_BETA = 0.01  # the weight of the newest cosine in its running target, Wang et al. 2021
 
 
 class GradientBuffer:
@@ -37,16 +37,16 @@ class GradientBuffer:
 
     shared: the parameters that every task reaches. heads: {task: its own parameters}, whose gradients are kept as
     autograd gives them. surgery: None for the plain sum, "pcgrad" or "gradvac". groups: the tasks of each row of J, lists
-    of names; None for a single row that holds the sum of all. scope: "vector", or "tensor" for surgery on each parameter
-    by itself (report 1's reading of PCGrad).
+    of names; with None one row a task under surgery, and a single row that holds the sum without. scope: "vector", or
+    "tensor" for surgery on each parameter by itself (report 1's reading of PCGrad).
 
     Under torch.distributed each process passes the loss of its share of the rows, weighted by that share; the rows of J
-    are summed over the processes before anything is projected, each while the next task computes.
+    are summed over the processes before anything is projected, a row while the next task computes, if one follows.
     """
 
     def __init__(self, shared, heads, surgery=None, groups=None, scope="vector"):
         self.shared, self.heads, self.surgery = list(shared), {task: list(own) for task, own in heads.items()}, surgery
-        self.groups = groups or [list(heads)]
+        self.groups = groups or ([[task] for task in heads] if surgery else [list(heads)])
         self.row = {task: i for i, group in enumerate(self.groups) for task in group}
         K, sizes = len(self.groups), [parameter.numel() for parameter in self.shared]
         device = next(p for own in (self.shared, *self.heads.values()) for p in own).device  # frozen: nothing is shared
@@ -56,10 +56,12 @@ class GradientBuffer:
         self.scopes = sizes if scope == "tensor" else [sum(sizes)]  # columns of J that are projected together
         self.targets = torch.zeros(len(self.scopes), K, K, dtype=torch.float64)  # Vaccine's t; saved with the run
         self.gram = None  # (K, K) of the last step, over all columns
+        self.seen = set()  # the tasks since `zero`
         self.sending = {}  # row -> its sum over the processes, under way
 
     def zero(self):
         self.J.zero_()
+        self.seen.clear()
         for parameter in (p for own in self.heads.values() for p in own):
             parameter.grad = None
 
@@ -70,6 +72,7 @@ class GradientBuffer:
         `combine`; None where that is not known, and the rows then wait for `combine` to be sent.
         """
         row = self.row[task]
+        self.seen.add(task)
         if loss is not None:
             self._point_at(row)
             loss.backward()
@@ -108,19 +111,16 @@ class GradientBuffer:
         for work in self.sending.values():
             work.wait()
         self.sending.clear()
-        for own in self.heads.values():  # a head whose task no process had stays None on all
-            has = torch.tensor([any(p.grad is not None for p in own)], dtype=torch.float32, device=self.J.device)
-            distributed.all_reduce(has)
-            for parameter in own if has else ():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                distributed.all_reduce(parameter.grad)
+        for parameter in (p for task, own in self.heads.items() if task in self.seen for p in own):
+            if parameter.grad is None:  # this process had no row of the task
+                parameter.grad = torch.zeros_like(parameter)
+            distributed.all_reduce(parameter.grad)
 
 
 def gram_matrix(J):
     """G = J J^T, as float64 on the CPU. (K, P) -> (K, K)."""
     if J.device.type != "cpu":
-        return (J @ J.T).cpu().double()
+        return torch.stack([block @ block.T for block in J.split(BLOCK, dim=1)]).cpu().double().sum(dim=0)
     gram = torch.zeros(len(J), len(J), dtype=torch.float64)
     for block in J.split(BLOCK, dim=1):
         for i in range(len(J)):
@@ -150,7 +150,7 @@ def pcgrad(gram, seed):
 
 
 def vaccine(gram, targets, seed, beta=VACCINE_BETA):
-    """Equation 4 and algorithm 1 of Wang et al. 2021. Like `pcgrad`; moves `targets` (K, K) in place."""
+    """The update of Wang et al. 2021 (its formula is at the top). Like `pcgrad`; moves `targets` (K, K) in place."""
     W = torch.eye(len(gram), dtype=gram.dtype)
     for i, j in visits(len(gram), seed):
         norm_i = math.sqrt(max(W[i] @ gram @ W[i], 0.0))  # |g_i'|; rounding can leave its square below 0
@@ -158,7 +158,7 @@ def vaccine(gram, targets, seed, beta=VACCINE_BETA):
         if norm_i <= 1e-5 * math.sqrt(gram[i, i]) or norm_j == 0:  # vanished: it has no direction to compare
             continue
         phi = min(1.0, max(-1.0, float(W[i] @ gram[:, j]) / (norm_i * norm_j)))
-        target = float(targets[i, j])
+        target = min(float(targets[i, j]), 1 - 1e-12)  # the formula divides by sqrt(1 - t^2)
         if phi < target:
             sine = math.sqrt(1 - target ** 2)
             W[i, j] += norm_i * (target * math.sqrt(1 - phi ** 2) - phi * sine) / (norm_j * sine)
@@ -189,17 +189,20 @@ def step_times(model, optimizer, steps, rounds=15):
     """
     names = [name for name, _, _ in steps[0]]
     heads = dict.fromkeys(names, ()) | {names[0]: list(model.heads.parameters())}
-    buffers = {surgery: GradientBuffer(model.shared_parameters(), heads, surgery, surgery and [[name] for name in names])
-               for surgery in (None, "pcgrad", "gradvac")}
-    times = {surgery: [] for surgery in buffers}
+    buffers = [GradientBuffer(model.shared_parameters(), heads, surgery) for surgery in (None, "pcgrad")]
+    times = {None: [], "pcgrad": [], "gradvac": []}
     for i in range(rounds + 2):  # the first two warm up
-        for surgery, gradients in buffers.items():
+        for surgery in times:
+            gradients = buffers[surgery is not None]
+            gradients.surgery = surgery
             start = time.perf_counter()
             gradients.zero()
             for name, task, batch in steps[i % len(steps)]:
                 gradients.backward(name, model.loss(task, batch))
             gradients.combine(seed=i)
             optimizer.step()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
             times[surgery].append(time.perf_counter() - start)
     return {surgery: sorted(values[2:])[rounds // 2] for surgery, values in times.items()}
 
@@ -221,7 +224,7 @@ if __name__ == "__main__":
     from data.batches import collate
     from data.download import fetch_encoder
     from data.tasks import load_data, locate
-    from multitask_classifier import DEFAULT_BATCH_SIZE, MultitaskBERT, resolve
+    from multitask_classifier import MultitaskBERT, resolve
     from optimizer import AdamW
 
     args = resolve(["--option", "finetune", "--pair_head", "cross", *sys.argv[1:]])  # --data_dir, --model, ...
@@ -234,17 +237,17 @@ if __name__ == "__main__":
     P = sum(parameter.numel() for parameter in model.shared_parameters())
 
     def random_batch(task):
-        rows = generator.permutation(len(data[task]["train"]))[:DEFAULT_BATCH_SIZE[task]]
+        rows = generator.permutation(len(data[task]["train"]))[:args.batch_size[task]]
         return collate(data[task]["train"], rows)
 
     median = step_times(model, optimizer, [[(task, task, random_batch(task)) for task in args.tasks] for _ in range(5)])
-    print(f"a training step, {P / 1e6:.1f}M shared parameters, {DEFAULT_BATCH_SIZE} rows, over that of the plain sum: "
+    print(f"a training step, {P / 1e6:.1f}M shared parameters, {args.batch_size} rows, over that of the plain sum: "
           f"pcgrad {median['pcgrad'] / median[None]:.3f}, gradvac {median['gradvac'] / median[None]:.3f}")
-    unit = None
+    unit, task = None, args.tasks[-1]
     for K in (2, 4, 8):
-        steps = [[(f"copy {k}", "sts", random_batch("sts")) for k in range(K)] for _ in range(3)]
+        steps = [[(f"copy {k}", task, random_batch(task)) for k in range(K)] for _ in range(3)]
         median = step_times(model, optimizer, steps, rounds=7)
         unit = unit or median[None] / K
-        print(f"K = {K} copies of sts: time an example, 1 for the plain sum at K = 2: sum {median[None] / K / unit:.2f}, "
+        print(f"K = {K} copies of {task}: time an example, 1 for the plain sum at K = 2: sum {median[None] / K / unit:.2f}, "
               f"pcgrad {median['pcgrad'] / K / unit:.2f}, gradvac {median['gradvac'] / K / unit:.2f}; "
               f"J {4e-6 * K * P:.0f} MB, where the sum has {4e-6 * P:.0f} MB")
