@@ -387,8 +387,9 @@ def get_parser():
     group.add_argument("--model", default=DEFAULT_ENCODER, help="BERT folder, or name on the Hugging Face hub")
     group.add_argument("--pooling", choices=("cls", "mean"), default="mean",
                        help="what a sequence becomes: BERT's pooled [CLS], or the mean of its tokens' last states")
-    group.add_argument("--pair_head", type=per_task(str), default="cross", metavar="|".join(PAIR_HEADS),
-                       help="for both pair tasks or each, para=uv_diff,sts=cosine; cross reads a pair as one sequence")
+    group.add_argument("--pair_head", type=per_task(str), default=None, metavar="|".join(PAIR_HEADS),
+                       help="for both pair tasks or each, para=uv_diff,sts=cosine; cross reads a pair as one sequence "
+                            "(default: cosine for finetune, cross for pretrain)")
     group.add_argument("--hidden_dropout_prob", type=number(float, 0, 1), default=0.3,
                        help="dropout of the heads; the encoder's is in its config.json")
     group = parser.add_argument_group("training")
@@ -441,8 +442,7 @@ def get_parser():
 
 def resolve(argv):
     """The flags, checked against each other, with every default filled in. Raises InputError."""
-    parser = get_parser()
-    args = parser.parse_args(argv)
+    args = get_parser().parse_args(argv)
     args.tasks = [name.strip() for name in args.tasks.split(",")]
     for name in args.tasks:
         if name not in TASKS:
@@ -451,8 +451,10 @@ def resolve(argv):
         raise InputError("argument --tasks: a task is named twice")
 
     pair_tasks = [name for name in args.tasks if TASKS[name].is_pair]
-    if not pair_tasks and args.pair_head != parser.get_default("pair_head"):
+    if not pair_tasks and args.pair_head is not None:
         raise InputError(f"argument --pair_head: no pair task among {', '.join(args.tasks)}")
+    if args.pair_head is None:
+        args.pair_head = "cosine" if args.option == "finetune" else "cross"
     args.pair_head = for_each(args.pair_head, pair_tasks, "--pair_head")
     for task, head in args.pair_head.items():
         if head not in PAIR_HEADS:
