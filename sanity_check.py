@@ -452,8 +452,8 @@ def test_adamw_state_survives_saving():
 
 # ---------------------------------------------------------------- pcgrad.py
 
-def pcgrad_reference(gradients, seed):
-    """Algorithm 1 of Yu et al. 2020 on whole vectors, a plain double loop."""
+def double_loop(gradients, seed, change):
+    """The sum of the g_i after change(i, j, g_i', g_j) for every other j: both papers' algorithm, on whole vectors."""
     shuffle = random.Random(seed).shuffle
     update = torch.zeros_like(gradients[0])
     for i in range(len(gradients)):
@@ -461,10 +461,15 @@ def pcgrad_reference(gradients, seed):
         others = [j for j in range(len(gradients)) if j != i]
         shuffle(others)
         for j in others:
-            if g @ gradients[j] < 0:
-                g = g - (g @ gradients[j]) / (gradients[j] @ gradients[j]) * gradients[j]
+            g = change(i, j, g, gradients[j])
         update = update + g
     return update
+
+
+def pcgrad_reference(gradients, seed):
+    """Yu et al. 2020."""
+    return double_loop(gradients, seed, lambda i, j, g, other: g - (g @ other) / (other @ other) * other
+                       if g @ other < 0 else g)
 
 
 def buffered_update(gradients, surgery="pcgrad", seed=0, scope="vector", targets=None):
@@ -529,21 +534,16 @@ def test_pcgrad_of_a_zero_gradient():
 
 
 def vaccine_reference(gradients, targets, seed, beta=0.01):
-    """Gradient Vaccine of Wang et al. 2021 on whole vectors, a plain double loop. Moves targets in place."""
-    shuffle = random.Random(seed).shuffle
-    update = torch.zeros_like(gradients[0])
-    for i in range(len(gradients)):
-        g = gradients[i].clone()
-        others = [j for j in range(len(gradients)) if j != i]
-        shuffle(others)
-        for j in others:
-            phi, target = F.cosine_similarity(g, gradients[j], dim=0), targets[i, j].clone()
-            if phi < target:
-                factor = g.norm() * (target * (1 - phi ** 2).sqrt() - phi * (1 - target ** 2).sqrt())
-                g = g + factor / (gradients[j].norm() * (1 - target ** 2).sqrt()) * gradients[j]
-            targets[i, j] = (1 - beta) * target + beta * phi
-        update = update + g
-    return update
+    """Wang et al. 2021. Moves targets in place."""
+    def change(i, j, g, other):
+        phi, target = F.cosine_similarity(g, other, dim=0), targets[i, j].clone()
+        targets[i, j] = (1 - beta) * target + beta * phi
+        if phi >= target:
+            return g
+        factor = g.norm() * (target * (1 - phi ** 2).sqrt() - phi * (1 - target ** 2).sqrt())
+        return g + factor / (other.norm() * (1 - target ** 2).sqrt()) * other
+
+    return double_loop(gradients, seed, change)
 
 
 def test_vaccine_agrees_with_a_double_loop():
