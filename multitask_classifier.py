@@ -374,7 +374,7 @@ def describe(scores):
 def describe_gradients(mean):
     pairs = [f"{pair} cosine {cosine:.3f}, in conflict {mean['conflict'][pair]:.0%}, magnitude similarity "
              f"{mean['magnitude_similarity'][pair]:.2f}" for pair, cosine in mean["cosine"].items()]
-    return "gradients  " + "  ".join(pairs)
+    return "gradients  " + ("\n" + " " * 22).join(pairs)
 
 
 # ---------------------------------------------------------------- flags
@@ -591,7 +591,7 @@ def train_and_predict(args, rank):
             (folder / "predictions").mkdir(exist_ok=True)
             write_predictions(path, task, data[task][split], predictions)
     print(f"best epoch {best['epoch']}: {describe(best)}\n"
-          f"{folder}: encoder, heads, metrics.jsonl, curves.png, predictions/")
+          f"{os.path.relpath(folder)}: encoder, heads, metrics.jsonl, curves.png, predictions/")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -214,8 +215,9 @@ def locate(args):
     needed = [DATA / TASKS[task].filename(split) for (task, split), path in given.items() if not path and split != "test"]
     if args.data_dir is None and not all(path.exists() for path in needed):
         folder = DATA / "demo"
-        print(f"*** The real sets are not in {DATA}: this run uses the small demo sets in {folder}, and its scores are\n"
-              "*** no results. For the real ones: python data/download.py", flush=True)
+        print(f"*** The real sets are not in {os.path.relpath(DATA)}: this run uses the small demo sets in "
+              f"{os.path.relpath(folder)}, and its scores are\n*** no results. For the real ones: python data/download.py",
+              flush=True)
     paths = {task: {} for task in args.tasks}
     for (task, split), path in given.items():
         default = folder / TASKS[task].filename(split)
