@@ -1001,6 +1001,8 @@ def test_two_processes_equal_one():
         assert (alone["gradvac_targets"] - together["gradvac_targets"]).abs().max() < 1e-6
         for a, b in zip(*(read_metrics(folder, "evaluation") for folder in folders)):
             assert all(abs(a["dev"][task] - b["dev"][task]) < 1e-4 for task in a["dev"])
+        for a, b in zip(*(read_metrics(folder, "step") for folder in folders)):  # Adam would hide a wrong scale
+            assert all(abs(a["losses"][task] - b["losses"][task]) < 1e-4 for task in a["losses"]), (a, b)
 
 
 def test_a_killed_process_ends_the_run():
