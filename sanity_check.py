@@ -8,7 +8,6 @@
 Checks against `transformers` run where it is installed, and those of CUDA where there is one; else they count as skipped.
 """
 import contextlib
-import csv
 import functools
 import http.server
 import io
@@ -18,6 +17,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -979,9 +979,7 @@ def test_two_processes_equal_one():
     """Twenty steps on half batches against whole ones, dropout off; also with batches of one row, of which one process
     has none, and with gradients added up over three steps."""
     root = workspace()
-    still = Path(tempfile.mkdtemp(dir=root))
-    for path in (root / "tiny").iterdir():
-        (still / path.name).write_bytes(path.read_bytes())
+    still = shutil.copytree(root / "tiny", root / "tiny-without-dropout")
     config = json.loads((still / "config.json").read_text())
     (still / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.0}))
     common = ["--option", "finetune", "--model", still, "--data_dir", root / "data", "--hidden_dropout_prob", 0,
@@ -1046,9 +1044,7 @@ def finish(processes):
 
 def test_the_demo_is_used_aloud_and_only_where_nothing_was_asked_for():
     real = Path(tempfile.mkdtemp(dir=workspace()))
-    (real / "demo").mkdir()
-    for path in DEMO.glob("*.csv"):
-        (real / "demo" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(DEMO, real / "demo")
 
     def locate(*flags):
         args = multitask_classifier.resolve(list(map(str, flags)))
@@ -1062,9 +1058,7 @@ def test_the_demo_is_used_aloud_and_only_where_nothing_was_asked_for():
         raises(InputError, "ids-sst-train.csv: no such file", locate, "--data_dir", real)
         raises(InputError, "x.csv: no such file", locate, "--sst_train", real / "x.csv")
         raises(InputError, "cfimdb is not among --tasks", locate, "--cfimdb_dev", real / "demo" / "ids-cfimdb-dev.csv")
-        for path in DEMO.glob("*.csv"):
-            if "test" not in path.name:
-                (real / path.name).write_bytes(path.read_bytes())
+        shutil.copytree(DEMO, real, ignore=shutil.ignore_patterns("*test*"), dirs_exist_ok=True)
         paths, said = locate("--sst_dev", real / "demo" / "ids-sst-dev.csv")
         assert "are not in" not in said and paths["sts"] == {split: real / f"sts-{split}.csv" for split in ("train", "dev")}
         assert paths["sst"]["dev"] == real / "demo" / "ids-sst-dev.csv" and "no predictions for sts test" in said
@@ -1228,13 +1222,10 @@ def test_a_small_batch_is_learnt_by_heart():
 
 def test_bad_input_gives_one_line_and_status_2():
     root = workspace()
-    broken = Path(tempfile.mkdtemp(dir=root))
-    for path in (root / "data").iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
+    broken = shutil.copytree(root / "data", root / "data-without-sts-dev")
     (broken / "sts-dev.csv").unlink()
-    no_config, wrong_shape = (Path(tempfile.mkdtemp(dir=root)) for _ in range(2))
-    for path in (root / "tiny").iterdir():
-        (wrong_shape / path.name).write_bytes(path.read_bytes())
+    no_config = Path(tempfile.mkdtemp(dir=root))
+    wrong_shape = shutil.copytree(root / "tiny", root / "tiny-of-wrong-shape")
     config = json.loads((wrong_shape / "config.json").read_text())
     (wrong_shape / "config.json").write_text(json.dumps({**config, "intermediate_size": 33}))
     taken = run()[2]
