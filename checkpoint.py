@@ -129,6 +129,31 @@ def per_task(convert):
     return parse
 
 
+def one_of(*choices):
+    """A flag's type: one of some words."""
+    def parse(text):
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+        return text
+    return parse
+
+
+def settings(**fields):
+    """A flag's type: NAME=value,NAME=value as a dict of all fields. fields: {name: (type, default)}."""
+    def parse(text):
+        values = {name: default for name, (_, default) in fields.items()}
+        for part in filter(None, text.split(",")):
+            name, _, value = map(str.strip, part.partition("="))
+            if name not in fields:
+                raise argparse.ArgumentTypeError(f"{part!r} is none of {', '.join(f'{field}=' for field in fields)}")
+            try:
+                values[name] = fields[name][0](value)
+            except argparse.ArgumentTypeError as error:
+                raise argparse.ArgumentTypeError(f"{name}: {error}") from None
+        return values
+    return parse
+
+
 def for_each(value, tasks, flag):
     """A flag's value as {task: value}. Raises InputError for a task it does not apply to, or one left without a value."""
     if not isinstance(value, dict):

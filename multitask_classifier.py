@@ -5,7 +5,7 @@
 
 A run leaves runs/NAME/ with the best encoder and heads, metrics.jsonl, curves.png, and the predictions in the course's
 submission format. Each system of the five reports is a combination of these axes: schedule (data/batches.py), heads and
-losses (here), gradient surgery (pcgrad.py).
+losses (here), gradient surgery (pcgrad.py), regularisers (smart.py).
 
 Dimensions: B rows in a batch, S sequences (B, or 2B where pairs are encoded apart), H hidden size, C outputs of a task.
 """
@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 from attention import to_device
 from bert import BertModel
-from checkpoint import Parser, Run, RunFailed, for_each, mean_of, number, per_task, plot_curves
+from checkpoint import Parser, Run, RunFailed, for_each, mean_of, number, one_of, per_task, plot_curves, settings
 from data.batches import SCHEDULES, Schedule, collate, evaluation_batches, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, write_whole
 from data.tasks import TASKS, load_data, locate
 from optimizer import AdamW
 from pcgrad import GradientBuffer, diagnostics
+from smart import Proximal, Smoothness
 
 HERE = Path(__file__).resolve().parent
 PAIR_HEADS = ("cross", "uv", "uv_diff", "cosine")
@@ -119,22 +120,25 @@ class MultitaskBERT(nn.Module):
         return [p for name, p in self.bert.named_parameters()
                 if p.requires_grad and (self.pooling == "cls" or not name.startswith("pooler_dense."))]
 
-    def forward(self, input_ids, attention_mask, token_type_ids=None):
-        """Padded sequences (S, L) -> pooled (S, H), float32."""
+    def forward(self, input_ids, attention_mask, token_type_ids=None, perturbation=None):
+        """Padded sequences (S, L) -> pooled (S, H). perturbation: (S, L, H), added to the embeddings."""
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext()
         with autocast:
             input_ids, token_type_ids, packing = self.bert.pack(input_ids, attention_mask, token_type_ids)
             hidden_states = self.bert.embed(input_ids, token_type_ids, packing.positions)
+            if perturbation is not None:
+                hidden_states = hidden_states + packing.pack(perturbation)
             hidden_states = self.bert.encode_packed(hidden_states, packing)
             pooled = (self.bert.pool(packing.first(hidden_states)) if self.pooling == "cls"
                       else packing.mean(hidden_states))
-        return pooled.float()
+        return pooled.float() if self.amp else pooled
 
-    def logits(self, task, batch):  # -> (B, C)
-        return self.heads[task](self(batch.input_ids, batch.attention_mask, batch.token_type_ids))
+    def logits(self, task, batch, perturbation=None):  # -> (B, C)
+        return self.heads[task](self(batch.input_ids, batch.attention_mask, batch.token_type_ids, perturbation))
 
-    def loss(self, task, batch):
-        return task_loss(TASKS[task], self.logits(task, batch), to_device(batch.labels, self.device))
+    def loss(self, task, batch, logits=None):
+        logits = self.logits(task, batch) if logits is None else logits
+        return task_loss(TASKS[task], logits, to_device(batch.labels, self.device))
 
     def save(self, folder, encoder_folder):
         """The encoder in the published layout with its vocabulary, and the heads beside it."""
@@ -267,6 +271,11 @@ def train(args, model, data, run, encoder_folder):
     gradients = GradientBuffer(shared, {task: head.parameters() for task, head in model.heads.items()}, args.surgery,
                                args.gradient_rows, args.surgery_scope)
     row_names = ["+".join(group) for group in gradients.groups]
+    kinds = {task: TASKS[task].kind for task in data}
+    smart = Smoothness({task: kinds[task] for task in args.smart_tasks}, **args.smart) if args.smart else None
+    proximal = Proximal(model, kinds, **args.proximal) if args.proximal else None
+    regularisers = {name: term for name, term in (("smart", smart), ("proximal", proximal)) if term}
+    logged_means = [*data, *(f"{task} {name}" for name, term in regularisers.items() for task in term.kinds)]
     # the word embedding's gradient then touches, in J, only the rows of words that occur; MPS has no sparse tensors
     model.bert.word_embedding.sparse = args.device != "mps"
     optimizer = AdamW([{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay},
@@ -277,18 +286,25 @@ def train(args, model, data, run, encoder_folder):
     for epoch in range(args.epochs):
         model.train()
         gradients.zero()
-        measured, diagnosed, logged = Meter(model.device), [], 0
+        measured, diagnosed, logged = Meter(logged_means, model.device), [], 0
         bar = tqdm(schedule.epoch(epoch), desc=f"epoch {epoch + 1}/{args.epochs}", total=schedule.steps_per_epoch,
                    unit="step", leave=False, disable=rank > 0)
         for step, batches in enumerate(bar, start=1):
             closing = step % args.accumulate == 0 or step == schedule.steps_per_epoch  # an optimizer step follows
             for i, (task, rows) in enumerate(batches):
-                own, loss = rows[rank::world], None  # this process's share; its loss weighs as much
-                torch.manual_seed(seed_of(args.seed, epoch, step, task, rank))  # for dropout
+                own, loss = rows[rank::world], None  # this process's share of the rows
                 if len(own):
-                    batch = collate(data[task]["train"], own)
-                    loss = model.loss(task, batch) * (len(own) / len(rows))
-                measured.add(task, loss, int(batch.attention_mask.sum()) if len(own) else 0)
+                    batch, seed = collate(data[task]["train"], own), seed_of(args.seed, epoch, step, task, rank)
+                    torch.manual_seed(seed)  # for dropout
+                    logits = model.logits(task, batch)
+                    loss = model.loss(task, batch, logits)
+                    measured.add(task, loss, len(own), int(batch.attention_mask.sum()))
+                    for name, regulariser in regularisers.items():
+                        if task in regulariser.kinds:
+                            term = regulariser(model, task, batch, logits, seed)
+                            measured.add(f"{task} {name}", term, len(own))
+                            loss = loss + term
+                    loss = loss * (len(own) / len(rows))
                 gradients.backward(task, loss, [name for name, _ in batches[i + 1:]] if closing else None)
             if closing:
                 gradients.combine(seed_of(args.seed, epoch, step, "order of the projections"))
@@ -300,20 +316,25 @@ def train(args, model, data, run, encoder_folder):
                 for group in optimizer.param_groups:  # the + 1: neither the first nor the last step has rate 0
                     group["lr"] = learning_rate(args, update / (updates + 1))
                 optimizer.step()
+                if proximal:
+                    proximal.update(model, update / updates)
                 gradients.zero()
 
             if step % LOG_EVERY == 0 or step == schedule.steps_per_epoch:
-                losses, speed = measured.read()
-                for task, loss in losses.items():
-                    if not math.isfinite(loss):
-                        raise RunFailed(f"the loss of {task} is {loss} around step {step} of epoch {epoch + 1}; "
+                means, speed = measured.read()
+                for name, mean in means.items():
+                    if not math.isfinite(mean):
+                        raise RunFailed(f"the loss of {name} is {mean} around step {step} of epoch {epoch + 1}; "
                                         "try a lower --lr, or --clip 1")
-                means = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
-                bar.set_postfix_str(f"{means}, {speed:.0f} tokens/s")
+                losses = {task: means[task] for task in data if task in means}
+                shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
+                bar.set_postfix_str(f"{shown}, {speed:.0f} tokens/s")
                 if run:
-                    since = {"gradients": mean_of(diagnosed[logged:])} if diagnosed[logged:] else {}
+                    others = {"regularisers": {name: means[name] for name in means.keys() - losses.keys()},
+                              "gradients": mean_of(diagnosed[logged:])}
                     run.log("step", epoch=epoch + 1, step=epoch * schedule.steps_per_epoch + step, losses=losses,
-                            lr=optimizer.param_groups[0]["lr"], tokens_per_second=round(speed), **since)
+                            lr=optimizer.param_groups[0]["lr"], tokens_per_second=round(speed),
+                            **{name: values for name, values in others.items() if values})
                     logged = len(diagnosed)
 
         scores = evaluate(model, data, args.seed)
@@ -328,36 +349,37 @@ def train(args, model, data, run, encoder_folder):
             if improved:
                 model.save(run.folder, encoder_folder)
             last = {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "gradvac_targets": gradients.targets}
+                    "gradvac_targets": gradients.targets, **({"teacher": proximal.teacher.state_dict()} if proximal else {})}
             write_whole(run.folder / "last.pt", lambda path: torch.save(last, path))
             plot_curves(run.folder)
     return best
 
 
 class Meter:
-    """Mean losses and speed over all processes since the last reading; only reading makes the host wait for the device."""
+    """Means over the rows of all processes, and speed, since the last reading; only reading makes the host wait."""
 
-    def __init__(self, device):
-        self.device = device
+    def __init__(self, names, device):
+        self.names, self.device = names, device
         self.clear()
 
     def clear(self):
-        self.losses, self.counts, self.tokens, self.start = {}, {}, 0, time.perf_counter()
+        self.sums = {name: torch.zeros((), device=self.device) for name in self.names}
+        self.rows, self.tokens, self.start = dict.fromkeys(self.names, 0), 0, time.perf_counter()
 
-    def add(self, task, loss, tokens):
-        loss = torch.zeros((), device=self.device) if loss is None else loss.detach()
-        self.losses[task] = self.losses.get(task, 0) + loss
-        self.counts[task] = self.counts.get(task, 0) + 1
+    def add(self, name, mean, rows, tokens=0):
+        self.sums[name] += mean.detach() * rows
+        self.rows[name] += rows
         self.tokens += tokens
 
     def read(self):
-        """({task: mean loss}, tokens a second), and start anew."""
-        totals = torch.stack([*self.losses.values(), torch.tensor(float(self.tokens), device=self.device)])
-        *losses, tokens = sum_over_processes(totals).tolist()
-        result = ({task: loss / self.counts[task] for task, loss in zip(self.losses, losses)},
-                  tokens / (time.perf_counter() - self.start))
+        """({name: mean over the rows} of what was added, tokens a second), and start anew."""
+        counts = torch.tensor([*self.rows.values(), self.tokens], dtype=torch.float32, device=self.device)
+        *numbers, tokens = sum_over_processes(torch.cat([torch.stack([*self.sums.values()]), counts])).tolist()
+        sums, rows = numbers[:len(self.names)], numbers[len(self.names):]
+        means = {name: total / n for name, total, n in zip(self.names, sums, rows) if n}
+        speed = tokens / (time.perf_counter() - self.start)
         self.clear()
-        return result
+        return means, speed
 
 
 def selection(scores):
@@ -423,6 +445,16 @@ def get_parser():
                        help="vector: all shared parameters as one, as in the papers; tensor: each parameter by itself")
     group.add_argument("--log_gradients", action="store_true",
                        help="measure the tasks' gradients (cosines, conflicts, norms) without surgery; surgery always does")
+    group = parser.add_argument_group("regularisers (Jiang et al. 2020)")
+    group.add_argument("--smart", nargs="?", const="", metavar="NAME=VALUE,...", type=settings(
+        weight=(number(float, 0), 5.0), eps=(number(float, 0), 1e-5), sigma=(number(float, 0), 1e-5),
+        step=(number(float, 0), 1e-3), steps=(number(int, 1), 1), norm=(one_of("inf", "2"), "inf"), tasks=(str, None)),
+                       help="smoothness under small perturbations of the embeddings; without VALUEs as in the paper: weight=5,"
+                            "eps=1e-5,sigma=1e-5,step=1e-3,steps=1,norm=inf, and tasks=sst+sts for some of the tasks only")
+    group.add_argument("--proximal", nargs="?", const="", metavar="NAME=VALUE,...", type=settings(
+        mu=(number(float, 0), 1.0), beta=(number(float, 0, 1), None)),
+                       help="stay near a running average of the weights: mu=1 and beta, .99 in the first tenth of the steps "
+                            "and then .999 as in the paper, or one number")
     group = parser.add_argument_group("machine and run")
     group.add_argument("--use_gpu", action="store_true", help="train on CUDA, or on MPS of an Apple machine")
     group.add_argument("--amp", action="store_true", help="the encoder in bfloat16 (CUDA, or a CPU with avx512_bf16)")
@@ -475,6 +507,13 @@ def resolve(argv):
     if args.lr is None:
         args.lr = 1e-4 if args.option == "finetune" else 1e-3
     resolve_surgery(args)
+    args.smart_tasks = (args.smart.pop("tasks") or "+".join(args.tasks)).split("+") if args.smart else []
+    for name in args.smart_tasks:
+        if name not in args.tasks:
+            raise InputError(f"argument --smart: tasks: {name!r} is not among --tasks {','.join(args.tasks)}")
+    if args.smart and args.amp and args.smart["eps"] < 0.01:
+        raise InputError(f"--smart with --amp: bfloat16 has three digits, and a perturbation of {args.smart['eps']:g} would "
+                         "be lost in rounding; leave out --amp, or give --smart eps=.01 or more")
 
     args.device = "cpu"
     if args.use_gpu:

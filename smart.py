@@ -1,0 +1,218 @@
+"""SMART (Jiang et al. 2020): a smoothness regulariser and a Bregman proximal point term, each added to a task's loss.
+
+    smoothness   weight * R,   R = mean over examples of  max over |x~ - x| <= eps  of  l(f(x~; theta), f(x; theta))
+    proximal     mu * D,       D = mean over examples of  l(f(x; theta), f(x; theta~))
+                               theta~ <- (1 - beta) theta + beta theta~   after every optimizer step
+
+x is what the embedding layer gives (word + position + type, normalised, dropped out), f(x) the task's logits, and l the
+symmetrised Kullback-Leibler divergence of the predicted distributions, or the squared difference of a regression. The
+maximum is approached by projected gradient ascent (algorithm 1): x~ starts as x plus noise N(0, sigma^2), and each step
+moves it by `step` along the gradient over its norm and then back into the ball of radius eps. An example is what has one
+label: both sentences of a pair, also where they are encoded apart, share one norm and one ascent.
+
+All passes over a batch draw the same dropout masks, by starting from the same seed: else R and D would measure dropout.
+
+How small is a radius of 1e-5, the paper's? So small that R is 1e-7 or less: a thousand times below the loss and near the
+rounding of float32, as the table below shows. What the authors' own code does is another thing: it does not project,
+so that one step of length 1 leaves a perturbation of about 1 (here: eps=1,step=1).
+
+    python smart.py [RUN]      how far perturbations of each size move a sentence's sentiment; what a training step costs
+
+Dimensions: B examples in the batch, S sequences (B, or 2B where pairs are encoded apart), L tokens in the longest,
+H hidden size, C outputs of a task.
+"""
+import copy
+
+import torch
+
+
+def divergence(kind, logits, other):
+    """l of the paper, symmetric, for each example. (B, C), (B, C) -> (B,). kind: "classes", "binary" or "similarity".
+
+    KL(p || q) + KL(q || p) is the sum of (p - q)(log p - log q), whose terms are never negative: no cancellation, which
+    the difference of two nearly equal sums would have. For a Bernoulli distribution log p - log q becomes the difference
+    of the logits. Raises ValueError where the shapes differ: (B, C) beside (B,) would broadcast to (B, B).
+    """
+    if logits.shape != other.shape or logits.ndim != 2:
+        raise ValueError(f"logits {tuple(logits.shape)} beside {tuple(other.shape)}, where both should be (B, C)")
+    if kind == "similarity":
+        return (logits - other).square().squeeze(-1)
+    if kind == "binary":
+        return ((logits.sigmoid() - other.sigmoid()) * (logits - other)).squeeze(-1)
+    log_p, log_q = logits.log_softmax(dim=-1), other.log_softmax(dim=-1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
+
+
+class Smoothness:
+    """weight * R of section 3.1. kinds: {task: kind} of the tasks it is for.
+
+    norm: "inf" or "2", of the ball and of the gradient, over all numbers of an example. The defaults are the paper's.
+    """
+
+    def __init__(self, kinds, weight=5.0, eps=1e-5, sigma=1e-5, step=1e-3, steps=1, norm="inf"):
+        self.kinds, self.weight, self.eps, self.sigma = kinds, weight, eps, sigma
+        self.step, self.steps, self.norm = step, steps, float(norm)
+
+    def __call__(self, model, task, batch, logits, seed):
+        """A scalar. logits (B, C): of the unperturbed pass, for which torch.manual_seed(seed) was called just before."""
+        perturbation = self.perturbation(model, task, batch, logits, seed)
+        return self.weight * self.divergence(model, task, batch, logits, seed, perturbation).mean()
+
+    def divergence(self, model, task, batch, logits, seed, perturbation):  # -> (B,)
+        torch.manual_seed(seed)
+        return divergence(self.kinds[task], model.logits(task, batch, perturbation), logits)
+
+    def perturbation(self, model, task, batch, logits, seed):
+        """x~ - x of algorithm 1, (S, L, H), zeros on the padding."""
+        mask = batch.attention_mask.to(model.device).unsqueeze(-1)  # (S, L, 1)
+        perturbation = self.sigma * torch.randn(*mask.shape[:2], model.bert.config.hidden_size, device=mask.device) * mask
+        for _ in range(self.steps):
+            perturbation.requires_grad_()
+            moved = self.divergence(model, task, batch, logits.detach(), seed, perturbation).sum()
+            gradient, = torch.autograd.grad(moved, perturbation)  # of the perturbation alone: no weight's is computed
+            smallest = torch.finfo(gradient.dtype).tiny  # where an example's gradient vanishes it stays where it is
+            direction = gradient / self.example_norm(gradient, len(logits)).clamp_min(smallest)
+            perturbation = self.project(perturbation.detach() + self.step * direction, len(logits))
+        return perturbation
+
+    def example_norm(self, x, B):
+        """Over the one or two sequences of each example. (S, L, H) -> (S, 1, 1)."""
+        sides = x.unflatten(0, (-1, B))  # (S / B, B, L, H): first all first sentences, then all second
+        norm = torch.linalg.vector_norm(sides, self.norm, dim=(0, 2, 3))  # (B,)
+        return norm.repeat(len(sides)).view(-1, 1, 1)
+
+    def project(self, x, B):
+        """The nearest point of the ball around 0."""
+        if self.norm == float("inf"):
+            return x.clamp(-self.eps, self.eps)
+        return x * (self.eps / self.example_norm(x, B).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1)
+
+
+class Proximal:
+    """mu * D of section 3.2 with momentum, and the teacher theta~. kinds: {task: kind}.
+
+    beta: of the running average; None for the paper's, .99 in the first tenth of the optimizer steps and then .999.
+    """
+
+    def __init__(self, model, kinds, mu=1.0, beta=None):
+        self.kinds, self.mu, self.beta = kinds, mu, beta
+        self.teacher = copy.deepcopy(model).requires_grad_(False).train()  # in train mode, for the same dropout
+
+    def __call__(self, model, task, batch, logits, seed):
+        """A scalar. logits (B, C): of the model's pass, for which torch.manual_seed(seed) was called just before."""
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            target = self.teacher.logits(task, batch)
+        return self.mu * divergence(self.kinds[task], logits, target).mean()
+
+    @torch.no_grad()
+    def update(self, model, progress):
+        """After an optimizer step; progress: the share of all steps that are done, in (0, 1]."""
+        beta = self.beta if self.beta is not None else 0.99 if progress <= 0.1 else 0.999
+        for average, parameter in zip(self.teacher.parameters(), model.parameters()):
+            average.lerp_(parameter, 1 - beta)  # average + (1 - beta) (parameter - average)
+
+
+def show_perturbations(model, tokenizer, sentence):
+    """How far a sentence's sentiment moves under random signs of size eps, and under one ascent step into the ball."""
+    ids = torch.tensor([tokenizer.encode(sentence).ids])
+    batch = SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
+    model = model.double().eval()  # float64, so that the smallest are seen as they are; the last column is float32
+    logits = model.logits("sst", batch).detach()
+    print(f"{sentence!r}: {[round(p, 3) for p in logits.softmax(dim=-1)[0].tolist()]}\n"
+          f"{'':24}largest change of a probability   R                    its error\n"
+          f"eps       step          noise      ascent       noise      ascent    in float32")
+    for eps, step in ((1e-6, 1e-4), (1e-5, 1e-3), (1e-4, 1e-2), (1e-3, 1e-1), (1e-2, 1.0), (0.1, 1.0), (1.0, 1e-3), (1.0, 1.0)):
+        torch.manual_seed(0)
+        smart = Smoothness({"sst": "classes"}, eps=eps, sigma=min(eps, 1e-5), step=step)
+        ascent = smart.perturbation(model, "sst", batch, logits, seed=0)
+        noise = ascent.abs().max() * torch.randn_like(ascent).sign()
+        row = []
+        for perturbation in (noise, ascent):
+            moved = model.logits("sst", batch, perturbation).detach()
+            row.append(((moved.softmax(-1) - logits.softmax(-1)).abs().max(), divergence("classes", moved, logits)))
+        single = copy.deepcopy(model).float()
+        measured = smart.divergence(single, "sst", batch, single.logits("sst", batch), 0, ascent.float())
+        error = abs(measured / row[1][1] - 1)
+        print(f"{eps:<8g}  {step:<8g} {row[0][0]:10.1e}  {row[1][0]:10.1e}  {row[0][1].item():10.1e}  "
+              f"{row[1][1].item():10.1e}  {error.item():11.0%}")
+
+
+def step_times(model, batches, rounds=15):
+    """{what: median seconds of a training step} of a plain step and of each regulariser, interleaved."""
+    kinds = {task: TASKS[task].kind for task, _ in batches[0]}
+    smart, proximal = Smoothness(kinds), Proximal(model, kinds)
+    weights, grad = list(model.parameters()), torch.autograd.grad
+    everything = mock.patch("torch.autograd.grad", lambda y, x: grad(y, [x, *weights], allow_unused=True)[:1])
+    variants = {"plain": [], "smart": [smart], "smart, ascent with all gradients": [smart], "proximal": [proximal],
+                "smart and proximal": [smart, proximal]}
+    gradients = GradientBuffer(model.shared_parameters(), {task: head.parameters() for task, head in model.heads.items()})
+    optimizer, times = AdamW(model.parameters(), lr=1e-5), {name: [] for name in variants}
+    for i in range(rounds + 2):  # the first two warm up
+        for name, regularisers in variants.items():
+            start = time.perf_counter()
+            gradients.zero()
+            for task, batch in batches[i % len(batches)]:
+                torch.manual_seed(i)
+                logits = model.logits(task, batch)
+                loss = model.loss(task, batch, logits)
+                with everything if "all gradients" in name else contextlib.nullcontext():
+                    loss = sum((term(model, task, batch, logits, seed=i) for term in regularisers), loss)
+                gradients.backward(task, loss)
+            gradients.combine(seed=i)
+            optimizer.step()
+            if proximal in regularisers:
+                proximal.update(model, progress=1.0)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: sorted(values[2:])[rounds // 2] for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    import contextlib
+    import sys
+    import time
+    from types import SimpleNamespace
+    from unittest import mock
+
+    import numpy as np
+
+    from bert import BertModel
+    from data.batches import collate, evaluation_batches
+    from data.download import fetch_encoder
+    from data.tasks import TASKS, load_data, load_tokenizer, locate
+    from multitask_classifier import MultitaskBERT, resolve
+    from optimizer import AdamW
+    from pcgrad import GradientBuffer
+
+    RUN = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
+    args = resolve(["--option", "finetune", *sys.argv[1:]])  # --data_dir, --model, --pair_head, ...
+    folder = fetch_encoder(RUN or args.model)
+    bert = BertModel.from_pretrained(folder)
+    cross = [task for task, head in args.pair_head.items() if head == "cross"]
+    data = load_data(locate(args), folder, bert.config, cross, skip_malformed=False)
+    model = MultitaskBERT(bert, args.tasks, args.pair_head, args.pooling, args.hidden_dropout_prob).to(args.device)
+
+    if RUN:
+        shown = MultitaskBERT.load(RUN)
+    else:  # a sentiment head on the untrained encoder, from what it makes of the training sentences
+        with torch.no_grad():
+            encoded = [(model.eval()(b.input_ids, b.attention_mask), b.labels)
+                       for b in evaluation_batches(data["sst"]["train"], np.arange(min(500, len(data["sst"]["train"]))))]
+        pooled, labels = map(torch.cat, zip(*encoded))
+        optimizer = AdamW(model.heads["sst"].parameters(), lr=1e-2)
+        for _ in range(300):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model.heads["sst"](pooled), labels.long()).backward()
+            optimizer.step()
+        shown = copy.deepcopy(model)
+    show_perturbations(shown, load_tokenizer(folder), "A quiet, clever film that never quite finds its ending.")
+
+    generator = np.random.default_rng(0)
+    batches = [[(task, collate(data[task]["train"], generator.permutation(len(data[task]["train"]))[:args.batch_size[task]]))
+                for task in args.tasks] for _ in range(5)]
+    bert.word_embedding.sparse = True  # as in training
+    median = step_times(model.train(), batches)
+    print(f"\na training step of {args.batch_size} rows, over the plain one: "
+          + ", ".join(f"{name} {value / median['plain']:.2f}" for name, value in median.items() if name != "plain"))
