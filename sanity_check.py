@@ -37,6 +37,7 @@ from torch.nn import functional as F
 import attention
 import multitask_classifier
 import pcgrad
+import smart
 from bert import BertConfig, BertModel, our_name, published_name
 from checkpoint import read_metrics
 from data import download, tasks
@@ -675,6 +676,269 @@ def test_sparse_embedding_gradients_are_the_dense_bits():
     assert rows[0].abs().sum(1).min() > 0 and torch.equal(*rows)
 
 
+# ---------------------------------------------------------------- smart.py
+
+KINDS = {"sst": "classes", "para": "binary", "sts": "similarity"}
+ENCODINGS = ({"para": "cross", "sts": "cross"}, {"para": "uv_diff", "sts": "cosine"})
+
+
+def smart_setting(pair_head, rows=6, **kwargs):
+    """(model in train mode with dropout in encoder and heads, {task: batch}, {task: logits of seed 5})."""
+    model, examples = three_task_model(pair_head=pair_head, **kwargs)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    for head in model.heads.values():  # away from the small start, so that outputs depend on the sentence
+        for parameter in head.parameters():
+            parameter.data.mul_(10)
+    batches = {task: collate(examples[task], np.arange(rows)) for task in KINDS}
+    logits = {}
+    for task, batch in batches.items():
+        torch.manual_seed(5)
+        logits[task] = model.logits(task, batch)
+    return model, batches, logits
+
+
+def test_divergences_are_the_papers():
+    torch.manual_seed(11)
+    a, b = 3 * torch.randn(2, 40, 5, dtype=torch.float64)
+    p, q = (torch.distributions.Categorical(logits=x) for x in (a, b))
+    kl = torch.distributions.kl_divergence
+    assert (smart.divergence("classes", a, b) - kl(p, q) - kl(q, p)).abs().max() < 1e-12
+    a, b = a[:, :1], b[:, :1]
+    p, q = (torch.distributions.Bernoulli(logits=x.squeeze(-1)) for x in (a, b))
+    assert (smart.divergence("binary", a, b) - kl(p, q) - kl(q, p)).abs().max() < 1e-12  # no softmax over one logit
+    assert torch.equal(smart.divergence("similarity", a, b), (a - b).squeeze(-1) ** 2)
+    for kind in KINDS.values():
+        for shapes in (((4, 1), (4,)), ((4,), (4,)), ((4, 5), (4, 1))):
+            raises(ValueError, "should be (B, C)", smart.divergence, kind, *map(torch.zeros, shapes))
+    # float32 still resolves what a perturbation of the paper's size leaves
+    a = torch.tensor([[2.0, -1.0, 0.5, 0.0, 1.0]])
+    b = a + 1e-5 * torch.tensor([[1.0, -1, 1, -1, 0]])
+    exact = smart.divergence("classes", a.double(), b.double())
+    assert abs(smart.divergence("classes", a, b) / exact - 1) < 0.05 and exact < 1e-9
+
+
+def test_smoothness_compares_passes_with_the_same_dropout():
+    for pair_head in ENCODINGS:
+        model, batches, logits = smart_setting(pair_head)
+        for task, batch in batches.items():
+            if task == "sts" and pair_head["sts"] == "cosine":
+                assert (model.bert.embed_dropout.p, model.heads["sts"].dropout.p) == (0.2, 0.2)
+            none = smart.Smoothness(KINDS, eps=0.0)
+            assert none(model, task, batch, logits[task], seed=5) == 0, "the same masks and nothing moved"
+            assert none(model, task, batch, logits[task], seed=6) > 1e-4, "other masks"
+            assert smart.Proximal(model, KINDS)(model, task, batch, logits[task], seed=5) == 0
+            assert smart.Proximal(model, KINDS)(model, task, batch, logits[task], seed=6) > 1e-4
+
+
+def test_the_perturbation_stays_in_its_ball():
+    for pair_head, norm, eps in itertools.product(ENCODINGS, ("inf", "2"), (1e-5, 0.1)):
+        model, batches, logits = smart_setting(pair_head)
+        for task, batch in batches.items():
+            smoothness = smart.Smoothness(KINDS, eps=eps, sigma=eps, step=100 * eps, steps=2, norm=norm)
+            perturbation = smoothness.perturbation(model, task, batch, logits[task], seed=5)
+            assert perturbation.shape == (*batch.attention_mask.shape, 16)
+            assert (perturbation[batch.attention_mask == 0] == 0).all() and (batch.attention_mask == 0).any()
+            moved = perturbation[batch.attention_mask == 1]
+            assert (moved != 0).float().mean() > 0.9
+            sizes = (moved.abs() if norm == "inf" else  # both sentences of a pair in one ball
+                     perturbation.unflatten(0, (-1, len(batch.labels))).square().sum(dim=(0, 2, 3)).sqrt())
+            assert eps * 0.999 < sizes.max() <= eps * (1 + 1e-6)
+
+
+def test_the_ascent_is_algorithm_1():
+    """Against the algorithm written out for one example at a time; a pair that is encoded apart is one example."""
+    for pair_head, norm in itertools.product(ENCODINGS, ("inf", "2")):
+        model, batches, logits = smart_setting(pair_head, rows=3)
+        model.double().eval()
+        for task, batch in batches.items():
+            smoothness = smart.Smoothness(KINDS, eps=2e-2, sigma=1e-2, step=1e-2, steps=2, norm=norm)
+            clean = model.logits(task, batch).detach()
+            torch.manual_seed(12)
+            found = smoothness.perturbation(model, task, batch, clean, seed=5)
+            torch.manual_seed(12)
+            noise = 1e-2 * torch.randn(*batch.attention_mask.shape, 16) * batch.attention_mask[..., None]
+            for row in range(3):
+                own = torch.arange(row, len(noise), 3)
+                delta = noise[own].double()
+                for _ in range(2):
+                    delta.requires_grad_()
+                    whole = torch.zeros(len(noise), *delta.shape[1:], dtype=torch.float64).index_copy(0, own, delta)
+                    moved = smart.divergence(KINDS[task], model.logits(task, batch, whole), clean)[row]
+                    gradient, = torch.autograd.grad(moved, delta)
+                    delta = delta.detach() + 1e-2 * gradient / torch.linalg.vector_norm(gradient.flatten(), float(norm))
+                    if norm == "inf":
+                        delta = delta.clamp(-2e-2, 2e-2)
+                    else:
+                        delta = delta * min(1.0, 2e-2 / float(delta.norm()))
+                assert (found[own] - delta).abs().max() < 1e-8
+
+
+def test_ascent_beats_noise_of_its_size():
+    for pair_head in ENCODINGS:
+        model, batches, logits = smart_setting(pair_head)
+        smoothness, ratios = smart.Smoothness(KINDS, weight=1.0, eps=1e-2, sigma=1e-2, step=1.0), []
+        for task, batch in batches.items():
+            for i in range(10):
+                torch.manual_seed(i)
+                ascent = smoothness.perturbation(model, task, batch, logits[task], seed=5)
+                noise = 1e-2 * torch.randn_like(ascent).sign() * batch.attention_mask[..., None]
+                found = [smoothness.divergence(model, task, batch, logits[task], 5, delta).mean() for delta in (ascent, noise)]
+                ratios.append(float(found[0] / found[1]))
+        assert min(ratios) > 1 and np.median(ratios) > 2, ratios
+
+
+def test_smoothness_reaches_the_encoder_and_the_ascent_does_not():
+    for pair_head in ENCODINGS:
+        model, batches, logits = smart_setting(pair_head)
+        smoothness = smart.Smoothness(KINDS, eps=0.1, step=1.0)
+        for task, batch in batches.items():
+            smoothness.perturbation(model, task, batch, logits[task], seed=5)
+            assert all(p.grad is None for p in model.parameters())
+            smoothness(model, task, batch, logits[task], seed=5).backward()
+            for name in ("word_embedding.weight", "bert_layers.0.self_attention.query.weight", "bert_layers.1.out_dense.bias"):
+                assert model.bert.get_parameter(name).grad.abs().sum() > 0
+            assert sum(p.grad.abs().sum() for p in model.heads[task].parameters()) > 0 or pair_head.get(task) == "cosine"
+            model.zero_grad()
+
+
+def test_smoothness_gradient_is_that_of_its_formula():
+    """Central differences in float64, along random directions, of KL(p || q) + KL(q || p) or (p - q)^2 as written in the
+    paper, with the perturbation held."""
+    def formula(kind, a, b):
+        if kind == "similarity":
+            return (a - b).square().mean()
+        family = torch.distributions.Categorical if kind == "classes" else torch.distributions.Bernoulli
+        p, q = (family(logits=x if kind == "classes" else x.squeeze(-1)) for x in (a, b))
+        return (torch.distributions.kl_divergence(p, q) + torch.distributions.kl_divergence(q, p)).mean()
+
+    for pair_head in ENCODINGS:
+        model, batches, _ = smart_setting(pair_head)
+        model.double()
+        smoothness = smart.Smoothness(KINDS, weight=3.0, eps=0.3, step=1.0)
+        for task, batch in batches.items():
+            def clean():
+                torch.manual_seed(5)
+                return model.logits(task, batch)
+
+            held = smoothness.perturbation(model, task, batch, clean(), seed=5)
+            with mock.patch.object(smoothness, "perturbation", lambda *args: held):
+                value = smoothness(model, task, batch, clean(), seed=5)
+            parameters = [p for name, p in model.named_parameters() if "pooler" not in name
+                          and not (name.startswith("heads.") and not name.startswith(f"heads.{task}."))]
+            gradient = torch.autograd.grad(value, parameters, allow_unused=True)
+
+            def at(shift):
+                with torch.no_grad():
+                    for p, v in zip(parameters, direction):
+                        p.add_(v, alpha=shift)
+                    torch.manual_seed(5)
+                    moved = model.logits(task, batch, held)
+                    result = 3.0 * formula(KINDS[task], moved, clean())
+                    for p, v in zip(parameters, direction):
+                        p.sub_(v, alpha=shift)
+                return float(result)
+
+            torch.manual_seed(13)
+            direction = [torch.randn_like(p) * (g is not None) for p, g in zip(parameters, gradient)]
+            assert abs(at(0.0) - value) < 1e-10 * value
+            slope = sum(float((g * v).sum()) for g, v in zip(gradient, direction) if g is not None)
+            assert abs((at(1e-6) - at(-1e-6)) / 2e-6 - slope) < 1e-5 * abs(slope) + 1e-6, (task, slope)
+
+
+def test_smoothness_does_not_depend_on_the_batch():
+    """With the same noise for each example: a batch twice, or in another order, has the same R."""
+    for pair_head in ENCODINGS:
+        model, _, _ = smart_setting(pair_head)
+        model.double().eval()
+        _, examples = three_task_model(pair_head=pair_head)
+        smoothness = smart.Smoothness(KINDS, eps=1e-2, sigma=1e-2, step=1e-2)
+        for task in KINDS:
+            def R(rows):
+                batch = collate(examples[task], np.array(rows))
+                S, L = batch.attention_mask.shape
+                noise = torch.zeros(S, L, 16)
+                for s in range(S):
+                    generator = torch.Generator().manual_seed(100 * rows[s % len(rows)] + s // len(rows))
+                    noise[s] = torch.randn(64, 16, generator=generator)[:L]
+                with mock.patch.object(torch, "randn", lambda *shape, **kwargs: noise):
+                    return float(smoothness(model, task, batch, model.logits(task, batch), seed=5).detach())
+
+            assert R([0, 1, 2, 3]) > 0
+            for rows in ([0, 1, 2, 3] * 2, [2, 0, 3, 1]):
+                assert abs(R(rows) / R([0, 1, 2, 3]) - 1) < 1e-9
+
+
+def test_the_teacher_is_a_running_average():
+    for beta, betas in ((0.95, [0.95] * 20), (None, [0.99] * 2 + [0.999] * 18)):
+        model, batches, _ = smart_setting(ENCODINGS[0])
+        proximal = smart.Proximal(model, KINDS, beta=beta)
+        pairs = list(zip(proximal.teacher.parameters(), model.parameters()))
+        assert all(a.data_ptr() != b.data_ptr() and torch.equal(a, b) and not a.requires_grad for a, b in pairs)
+        expected = [p.detach().double() for p in model.parameters()]
+        for n, b in enumerate(betas, start=1):
+            for p in model.parameters():
+                p.data.add_(torch.randn_like(p), alpha=0.1)
+            proximal.update(model, n / 20)
+            expected = [b * x + (1 - b) * p.detach().double() for x, p in zip(expected, model.parameters())]
+        assert all((a - x).abs().max() < 1e-5 for a, x in zip(proximal.teacher.parameters(), expected))
+        for task, batch in batches.items():
+            torch.manual_seed(5)
+            logits = model.logits(task, batch)
+            torch.manual_seed(5)
+            target = proximal.teacher.logits(task, batch).detach()
+            value = proximal(model, task, batch, logits, seed=5)
+            assert value > 0 and torch.equal(value, smart.divergence(KINDS[task], logits, target).mean())
+            value.backward()
+        assert model.bert.word_embedding.weight.grad.abs().sum() > 0
+        assert all(p.grad is None for p in proximal.teacher.parameters())
+
+
+def test_regularisers_in_training():
+    """With every schedule, head and surgery; weight 0 gives the bits of a run without; dropped or kept is not the same."""
+    strong = "--smart", "weight=50,eps=1,step=1"
+    for flags in ([], ["--pair_head", "para=uv_diff,sts=cosine", "--schedule", "mixed", "--pcgrad"],
+                  ["--pair_head", "cross", "--schedule", "sequential"], ["--accumulate", 2, "--gradvac", "--pooling", "cls"]):
+        base = trained(*flags, steps=3)
+        assert same(base, trained(*flags, "--smart", "weight=0,eps=1,step=1", "--proximal", "mu=0", steps=3)), flags
+        found = [base, trained(*flags, *strong, steps=3), trained(*flags, "--proximal", "mu=50", steps=3),
+                 trained(*flags, *strong, "--proximal", "mu=50,beta=.5", steps=3)]
+        assert not any(same(a, b) for a, b in itertools.combinations(found, 2)), flags
+    base = trained(*strong, steps=3)
+    for setting in ("weight=5", "eps=.5", "sigma=.5", "step=.5", "steps=2", "norm=2", "tasks=sst+sts"):
+        assert not same(base, trained("--smart", f"weight=50,eps=1,step=1,{setting}", steps=3)), setting
+    assert not same(*(trained("--proximal", text, steps=3) for text in ("mu=9", "mu=9,beta=.5")))
+    frozen = trained(*strong, "--proximal", option="pretrain", steps=3)
+    assert not same(frozen, trained(option="pretrain", steps=3))
+    status, said, folder = run(*strong, "--proximal", "mu=.8,beta=.95", steps=12)
+    lines = read_metrics(folder, "step")
+    assert status == 0 and len(lines) == 2
+    for line in lines:
+        assert set(line["regularisers"]) == {f"{task} {name}" for task in KINDS for name in ("smart", "proximal")}
+        assert all(value > 0 for value in line["regularisers"].values()), line
+    last = torch.load(folder / "last.pt", weights_only=True)
+    assert not torch.equal(last["teacher"]["bert.pos_embedding.weight"], last["model"]["bert.pos_embedding.weight"])
+
+
+def test_smoothness_goes_down_when_it_is_asked_to():
+    """Thirty steps on R alone of one batch: what is added to the loss is what its gradient lowers."""
+    for pair_head in ENCODINGS:
+        model, batches, _ = smart_setting(pair_head)
+        smoothness, optimizer = smart.Smoothness(KINDS, weight=1.0, eps=0.1, step=1.0), AdamW(model.parameters(), lr=1e-2)
+        values = []
+        for _ in range(30):
+            optimizer.zero_grad()
+            values.append(0)
+            for task, batch in batches.items():
+                torch.manual_seed(5)
+                R = smoothness(model, task, batch, model.logits(task, batch), seed=5)
+                R.backward()
+                values[-1] += float(R)
+            optimizer.step()
+        assert values[-1] < 0.1 * values[0], values
+
+
 # ---------------------------------------------------------------- data/
 
 def write(name, text):
@@ -985,7 +1249,8 @@ def test_two_processes_equal_one():
     common = ["--option", "finetune", "--model", still, "--data_dir", root / "data", "--hidden_dropout_prob", 0,
               "--epochs", 2, "--epoch_length", 10, "--lr", 1e-3]
     for name, flags in (("pcgrad", ["--pcgrad", "--batch_size", 5]),
-                        ("gradvac", ["--gradvac", "--batch_size", "sst=5,para=23,sts=1", "--accumulate", 3])):
+                        ("gradvac", ["--gradvac", "--batch_size", "sst=5,para=23,sts=1", "--accumulate", 3,
+                                     "--proximal", "mu=.5,beta=.9"])):
         folders = [root / "runs" / f"{name}-{i}" for i in (1, 2)]
         status, said, _ = run(*common, *flags, name=str(folders[0]))
         assert status == 0, said

@@ -29,9 +29,9 @@ import torch
 def divergence(kind, logits, other):
     """l of the paper, symmetric, for each example. (B, C), (B, C) -> (B,). kind: "classes", "binary" or "similarity".
 
-    KL(p || q) + KL(q || p) is the sum of (p - q)(log p - log q), whose terms are never negative: no cancellation, which
-    the difference of two nearly equal sums would have. For a Bernoulli distribution log p - log q becomes the difference
-    of the logits. Raises ValueError where the shapes differ: (B, C) beside (B,) would broadcast to (B, B).
+    KL(p || q) + KL(q || p) is the sum of (p - q)(log p - log q). Of the two terms of a Bernoulli distribution this leaves
+    p - q times the difference of the logits. Raises ValueError where the shapes differ: (B, C) beside (B,) would
+    broadcast to (B, B).
     """
     if logits.shape != other.shape or logits.ndim != 2:
         raise ValueError(f"logits {tuple(logits.shape)} beside {tuple(other.shape)}, where both should be (B, C)")
