@@ -1,15 +1,21 @@
-"""What the training scripts share: the folder of a run (args.json, metrics.jsonl, curves.png), and the types of flags.
+"""What the training scripts share: a run's folder (args.json, metrics.jsonl, curves), device and processes, types of flags.
 
     python checkpoint.py RUN       draw RUN/curves.png again from RUN/metrics.jsonl
 """
 import argparse
+import contextlib
 import json
 import math
+import os
+import sys
+import time
 from pathlib import Path
 
+import torch
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import distributed
 
 from data.download import InputError, write_whole
 
@@ -80,6 +86,108 @@ def plot_curves(folder):
         axes.grid(alpha=0.3)
         axes.legend()
     write_whole(Path(folder) / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+
+
+# ---------------------------------------------------------------- device and processes
+
+def get_device(use_gpu, amp):
+    """"cpu", "cuda" or "mps". Raises InputError where there is no GPU to use, or no bfloat16 for amp."""
+    device = "cpu"
+    if use_gpu:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+    if device is None:
+        raise InputError("--use_gpu: torch sees neither a CUDA device nor an Apple GPU; leave the flag out to use the CPU")
+    # for the CPU a private name, but the only test that torch 2.11 has too
+    bfloat16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+                "cpu": torch.cpu._is_avx512_bf16_supported, "mps": lambda: False}
+    if amp and not bfloat16[device]():
+        raise InputError(f"--amp: this {device} device has no bfloat16 arithmetic (a CPU needs avx512_bf16)")
+    return device
+
+
+def autocast(device, amp):
+    return torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext()
+
+
+def join_processes(device):
+    """Meet the other processes where torchrun started several: one a GPU over nccl, or several on the CPU over gloo.
+
+    device: "cpu", "cuda" or "mps". They share a file system: the first one writes the run's folder, and all read the best
+    epoch from it.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if device == "mps":
+        raise InputError("--use_gpu with several processes: an Apple machine has one GPU; leave out torchrun")
+    if device == "cpu":
+        distributed.init_process_group("gloo")
+    else:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
+        torch.cuda.set_device(local_rank)
+        distributed.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+
+
+def rank_and_world():
+    """This process's number and how many there are; (0, 1) without torchrun."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def sum_over_processes(tensor):
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+class Meter:
+    """Means over the rows of all processes, and speed, since the last reading; only reading makes the host wait."""
+
+    def __init__(self, names, device):
+        self.names, self.device = names, device
+        self.clear()
+
+    def clear(self):
+        self.sums = {name: torch.zeros((), device=self.device) for name in self.names}
+        self.rows, self.tokens, self.start = dict.fromkeys(self.names, 0), 0, time.perf_counter()
+
+    def add(self, name, mean, rows, tokens=0):
+        self.sums[name] += mean.detach() * rows
+        self.rows[name] += rows
+        self.tokens += tokens
+
+    def read(self):
+        """({name: mean over the rows} of what was added, tokens a second), and start anew."""
+        counts = torch.tensor([*self.rows.values(), self.tokens], dtype=torch.float32, device=self.device)
+        *numbers, tokens = sum_over_processes(torch.cat([torch.stack([*self.sums.values()]), counts])).tolist()
+        sums, rows = numbers[:len(self.names)], numbers[len(self.names):]
+        means = {name: total / n for name, total, n in zip(self.names, sums, rows) if n}
+        speed = tokens / (time.perf_counter() - self.start)
+        self.clear()
+        return means, speed
+
+
+# ---------------------------------------------------------------- how a script ends
+
+def exit_status(main, argv=None):
+    """Call main(argv). Returns 0, or 2 for bad input and 1 for a run that failed, saying why in one line."""
+    message = None
+    try:
+        main(argv)
+    except InputError as error:
+        status, message = 2, str(error)
+    except RunFailed as error:
+        status, message = 1, str(error)
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistBackendError) and "gloo" not in str(error):
+            raise
+        status, message = 1, f"lost touch with another process of this run ({str(error).splitlines()[0]})"
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        return status
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    return 0
 
 
 # ---------------------------------------------------------------- types of flags

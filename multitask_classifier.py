@@ -30,11 +30,12 @@ from tqdm import tqdm
 
 from attention import to_device
 from bert import BertModel
-from checkpoint import Parser, Run, RunFailed, for_each, mean_of, number, one_of, per_task, plot_curves, settings
+from checkpoint import (Meter, Parser, Run, RunFailed, autocast, exit_status, for_each, get_device, join_processes, mean_of,
+                        number, one_of, per_task, plot_curves, rank_and_world, settings, sum_over_processes)
 from data.batches import SCHEDULES, Schedule, collate, evaluation_batches, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, write_whole
 from data.tasks import TASKS, load_data, locate
-from optimizer import AdamW
+from optimizer import AdamW, learning_rate, parameter_groups
 from pcgrad import GradientBuffer, diagnostics
 from smart import Proximal, Smoothness
 
@@ -122,8 +123,7 @@ class MultitaskBERT(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids=None, perturbation=None):
         """Padded sequences (S, L) -> pooled (S, H). perturbation: (S, L, H), added to the embeddings."""
-        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext()
-        with autocast:
+        with autocast(self.device, self.amp):
             input_ids, token_type_ids, packing = self.bert.pack(input_ids, attention_mask, token_type_ids)
             hidden_states = self.bert.embed(input_ids, token_type_ids, packing.positions)
             if perturbation is not None:
@@ -160,38 +160,6 @@ class MultitaskBERT(nn.Module):
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})") from error
         return model.eval()
-
-
-# ---------------------------------------------------------------- processes
-
-def join_processes(args):
-    """Meet the other processes where torchrun started several: one a GPU over nccl, or several on the CPU over gloo.
-
-    They share a file system: the first one writes the run's folder, and all read the best epoch from it.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    if args.device == "mps":
-        raise InputError("--use_gpu with several processes: an Apple machine has one GPU; leave out torchrun")
-    if args.device == "cpu":
-        distributed.init_process_group("gloo")
-    else:
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
-        torch.cuda.set_device(local_rank)
-        distributed.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
-
-
-def rank_and_world():
-    """This process's number and how many there are; (0, 1) without torchrun."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-
-
-def sum_over_processes(tensor):
-    if distributed.is_initialized():
-        distributed.all_reduce(tensor)
-    return tensor
 
 
 # ---------------------------------------------------------------- evaluation
@@ -252,13 +220,6 @@ def write_predictions(path, task, examples, predictions):
 
 # ---------------------------------------------------------------- training
 
-def learning_rate(args, progress):
-    """progress: 0 before the first optimizer step, 1 after the last. Warm-up from 0, then constant or linearly to 0."""
-    if progress < args.warmup:
-        return args.lr * progress / args.warmup
-    return args.lr if args.lr_schedule == "constant" else args.lr * (1 - progress) / (1 - args.warmup)
-
-
 def train(args, model, data, run, encoder_folder):
     """args.epochs epochs of the one training step. Saves the best epoch by dev scores. Returns its evaluation.
 
@@ -278,9 +239,7 @@ def train(args, model, data, run, encoder_folder):
     logged_means = [*data, *(f"{task} {name}" for name, term in regularisers.items() for task in term.kinds)]
     # the word embedding's gradient then touches, in J, only the rows of words that occur; MPS has no sparse tensors
     model.bert.word_embedding.sparse = args.device != "mps"
-    optimizer = AdamW([{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay},
-                       {"params": [p for p in trainable if p.ndim < 2]}],  # no decay of biases and LayerNorm
-                      lr=args.lr)
+    optimizer = AdamW(parameter_groups(trainable, args.weight_decay), lr=args.lr)
     updates = args.epochs * math.ceil(schedule.steps_per_epoch / args.accumulate)
     best, update = None, 0
     for epoch in range(args.epochs):
@@ -314,7 +273,7 @@ def train(args, model, data, run, encoder_folder):
                     nn.utils.clip_grad_norm_(trainable, args.clip)
                 update += 1
                 for group in optimizer.param_groups:  # the + 1: neither the first nor the last step has rate 0
-                    group["lr"] = learning_rate(args, update / (updates + 1))
+                    group["lr"] = learning_rate(args.lr, update / (updates + 1), args.warmup, args.lr_schedule)
                 optimizer.step()
                 if proximal:
                     proximal.update(model, update / updates)
@@ -353,33 +312,6 @@ def train(args, model, data, run, encoder_folder):
             write_whole(run.folder / "last.pt", lambda path: torch.save(last, path))
             plot_curves(run.folder)
     return best
-
-
-class Meter:
-    """Means over the rows of all processes, and speed, since the last reading; only reading makes the host wait."""
-
-    def __init__(self, names, device):
-        self.names, self.device = names, device
-        self.clear()
-
-    def clear(self):
-        self.sums = {name: torch.zeros((), device=self.device) for name in self.names}
-        self.rows, self.tokens, self.start = dict.fromkeys(self.names, 0), 0, time.perf_counter()
-
-    def add(self, name, mean, rows, tokens=0):
-        self.sums[name] += mean.detach() * rows
-        self.rows[name] += rows
-        self.tokens += tokens
-
-    def read(self):
-        """({name: mean over the rows} of what was added, tokens a second), and start anew."""
-        counts = torch.tensor([*self.rows.values(), self.tokens], dtype=torch.float32, device=self.device)
-        *numbers, tokens = sum_over_processes(torch.cat([torch.stack([*self.sums.values()]), counts])).tolist()
-        sums, rows = numbers[:len(self.names)], numbers[len(self.names):]
-        means = {name: total / n for name, total, n in zip(self.names, sums, rows) if n}
-        speed = tokens / (time.perf_counter() - self.start)
-        self.clear()
-        return means, speed
 
 
 def selection(scores):
@@ -515,16 +447,7 @@ def resolve(argv):
         raise InputError(f"--smart with --amp: bfloat16 has three digits, and a perturbation of {args.smart['eps']:g} would "
                          "be lost in rounding; leave out --amp, or give --smart eps=.01 or more")
 
-    args.device = "cpu"
-    if args.use_gpu:
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
-    if args.device is None:
-        raise InputError("--use_gpu: torch sees neither a CUDA device nor an Apple GPU; leave the flag out to use the CPU")
-    # for the CPU a private name, but the only test that torch 2.11 has too
-    bfloat16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-                "cpu": torch.cpu._is_avx512_bf16_supported, "mps": lambda: False}
-    if args.amp and not bfloat16[args.device]():
-        raise InputError(f"--amp: this {args.device} device has no bfloat16 arithmetic (a CPU needs avx512_bf16)")
+    args.device = get_device(args.use_gpu, args.amp)
     if args.name is None:
         args.name = "-".join(filter(None, (args.option, args.schedule, args.surgery, time.strftime("%Y%m%d-%H%M%S"))))
     elif not args.name:
@@ -574,27 +497,12 @@ def output_paths(args, paths):
 
 
 def main(argv=None):
-    """Train as the flags say. Returns the exit status: 0, 2 for bad input, 1 for a run that failed."""
-    status, message = 0, None
-    try:
-        args = resolve(argv)
-        join_processes(args)
-        rank, _ = rank_and_world()
-        with contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext():
-            train_and_predict(args, rank)
-    except InputError as error:
-        status, message = 2, str(error)
-    except RunFailed as error:
-        status, message = 1, str(error)
-    except RuntimeError as error:
-        if not isinstance(error, distributed.DistBackendError) and "gloo" not in str(error):
-            raise
-        status, message = 1, f"lost touch with another process of this run ({str(error).splitlines()[0]})"
-    if message:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    elif distributed.is_initialized():
-        distributed.destroy_process_group()
-    return status
+    """Train as the flags say."""
+    args = resolve(argv)
+    join_processes(args.device)
+    rank, _ = rank_and_world()
+    with contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext():
+        train_and_predict(args, rank)
 
 
 def train_and_predict(args, rank):
@@ -634,4 +542,4 @@ def train_and_predict(args, rank):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -74,6 +74,21 @@ def adamw(parameter, gradient, state, group):
             theta.mul_(1 - lr * group["weight_decay"])
 
 
+def parameter_groups(parameters, weight_decay):
+    """Weights decay; biases and LayerNorm, whose tensors have one dimension, do not."""
+    parameters = list(parameters)
+    return [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2]}]
+
+
+def learning_rate(peak, progress, warmup, schedule="linear"):
+    """progress: 0 before the first step, 1 after the last. Rises from 0 in the share `warmup`; then "constant", or
+    "linear" down to 0."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return peak if schedule == "constant" else peak * (1 - progress) / (1 - warmup)
+
+
 if __name__ == "__main__":
     import time
 
