@@ -12,6 +12,7 @@ Dimensions: B sequences in the batch, L tokens in the longest, T real tokens in 
 import dataclasses
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import torch
@@ -170,11 +171,12 @@ class BertModel(nn.Module):
                 "pooler_output": self.pool(packing.first(hidden_states))}
 
     @classmethod
-    def from_pretrained(cls, name_or_folder=DEFAULT_ENCODER):
+    def from_pretrained(cls, name_or_folder=DEFAULT_ENCODER, elsewhere=()):
         """A published checkpoint: a folder, the default encoder's name, or a model of the Hugging Face hub.
 
         Raises InputError where a tensor of the encoder is missing or misshapen, or where the files cannot be read. A
         missing pooler is initialised afresh, and tensors that no encoder has (an MLM head, say) are left; both are said.
+        elsewhere: published names of tensors that the caller reads by itself.
         """
         folder = fetch_encoder(str(name_or_folder))
         model = cls(BertConfig.from_folder(folder))
@@ -184,7 +186,7 @@ class BertModel(nn.Module):
         for name, tensor in published.items():
             ours = our_name(name)
             if ours not in own:
-                extra.append(name)
+                extra.extend([] if name in elsewhere else [name])
             elif ours in found:
                 raise InputError(f"{path}: two tensors for {name}, with and without a prefix")
             elif tensor.shape != own[ours].shape:
@@ -203,12 +205,20 @@ class BertModel(nn.Module):
         model.load_state_dict(found, strict=False)
         return model
 
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors with the published names."""
+    def save_pretrained(self, folder, vocabulary=None, head=None):
+        """Write config.json and model.safetensors with the published names.
+
+        vocabulary: the folder whose vocab.txt goes along. head: {published name: tensor} to stand beside the encoder.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save(folder)
-        tensors = {published_name(name): tensor.contiguous() for name, tensor in self.state_dict().items()}
+        for name in ("vocab.txt", "tokenizer_config.json"):
+            if vocabulary and (vocabulary / name).exists():
+                write_whole(folder / name, lambda path: shutil.copyfile(vocabulary / name, path))
+        prefix = "bert." if head else ""  # as published: the names of an encoder with a head beside it have the prefix
+        tensors = {prefix + published_name(name): tensor.contiguous() for name, tensor in self.state_dict().items()}
+        tensors.update(head or {})
         write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 

@@ -88,6 +88,18 @@ def plot_curves(folder):
     write_whole(Path(folder) / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
 
 
+def plot_losses(folder):
+    """curve.png of pretraining: the training loss over the steps, and the held-out loss of each evaluation."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for kind, style, label in (("step", "-", "train (mean since the last point)"), ("evaluation", "o-", "held out")):
+        axes.plot(*zip(*((line["step"], line["loss"]) for line in read_metrics(folder, kind))), style, label=label)
+    axes.set(xlabel="step", ylabel="masked-LM loss; its exponential is the perplexity")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_whole(Path(folder) / "curve.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+
+
 # ---------------------------------------------------------------- device and processes
 
 def get_device(use_gpu, amp):
@@ -249,16 +261,18 @@ def one_of(*choices):
 def settings(**fields):
     """A flag's type: NAME=value,NAME=value as a dict of all fields. fields: {name: (type, default)}."""
     def parse(text):
-        values = {name: default for name, (_, default) in fields.items()}
+        given = {}
         for part in filter(None, text.split(",")):
             name, _, value = map(str.strip, part.partition("="))
             if name not in fields:
                 raise argparse.ArgumentTypeError(f"{part!r} is none of {', '.join(f'{field}=' for field in fields)}")
+            if name in given:
+                raise argparse.ArgumentTypeError(f"{part!r}: {name} is given twice")
             try:
-                values[name] = fields[name][0](value)
+                given[name] = fields[name][0](value)
             except argparse.ArgumentTypeError as error:
                 raise argparse.ArgumentTypeError(f"{name}: {error}") from None
-        return values
+        return {name: given.get(name, default) for name, (_, default) in fields.items()}
     return parse
 
 

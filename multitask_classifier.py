@@ -14,7 +14,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ from checkpoint import (Meter, Parser, Run, RunFailed, autocast, exit_status, fo
                         number, one_of, per_task, plot_curves, rank_and_world, settings, sum_over_processes)
 from data.batches import SCHEDULES, Schedule, collate, evaluation_batches, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, write_whole
-from data.tasks import TASKS, load_data, locate
+from data.tasks import TASKS, load_data, locate, task_names
 from optimizer import AdamW, learning_rate, parameter_groups
 from pcgrad import GradientBuffer, diagnostics
 from smart import Proximal, Smoothness
@@ -142,10 +141,7 @@ class MultitaskBERT(nn.Module):
 
     def save(self, folder, encoder_folder):
         """The encoder in the published layout with its vocabulary, and the heads beside it."""
-        self.bert.save_pretrained(folder)
-        for name in ("vocab.txt", "tokenizer_config.json"):
-            if (encoder_folder / name).exists():
-                write_whole(folder / name, lambda path: shutil.copyfile(encoder_folder / name, path))
+        self.bert.save_pretrained(folder, encoder_folder)
         write_whole(folder / "heads.safetensors", lambda path: save_file(self.heads.state_dict(), path))
 
     @classmethod
@@ -407,12 +403,7 @@ def get_parser():
 def resolve(argv):
     """The flags, checked against each other, with every default filled in. Raises InputError."""
     args = get_parser().parse_args(argv)
-    args.tasks = [name.strip() for name in args.tasks.split(",")]
-    for name in args.tasks:
-        if name not in TASKS:
-            raise InputError(f"argument --tasks: unknown task {name!r}; the tasks are {', '.join(TASKS)}")
-    if len(set(args.tasks)) < len(args.tasks):
-        raise InputError("argument --tasks: a task is named twice")
+    args.tasks = task_names(args.tasks)
 
     pair_tasks = [name for name in args.tasks if TASKS[name].is_pair]
     if not pair_tasks and args.pair_head is not None:

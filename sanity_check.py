@@ -735,6 +735,10 @@ def test_smoothness_compares_passes_with_the_same_dropout():
             assert none(model, task, batch, logits[task], seed=6) > 1e-4, "other masks"
             assert smart.Proximal(model, KINDS)(model, task, batch, logits[task], seed=5) == 0
             assert smart.Proximal(model, KINDS)(model, task, batch, logits[task], seed=6) > 1e-4
+            seeds, forward = [], model.logits
+            with mock.patch.object(model, "logits", lambda *args: seeds.append(torch.initial_seed()) or forward(*args)):
+                smart.Smoothness(KINDS, steps=2)(model, task, batch, logits[task], seed=5)
+            assert seeds == [5, 5, 5], "the passes of the ascent too"
 
 
 def test_the_perturbation_stays_in_its_ball():
@@ -911,8 +915,9 @@ def test_regularisers_in_training():
                  trained(*flags, *strong, "--proximal", "mu=50,beta=.5", steps=3)]
         assert not any(same(a, b) for a, b in itertools.combinations(found, 2)), flags
     base = trained(*strong, steps=3)
-    for setting in ("weight=5", "eps=.5", "sigma=.5", "step=.5", "steps=2", "norm=2", "tasks=sst+sts"):
-        assert not same(base, trained("--smart", f"weight=50,eps=1,step=1,{setting}", steps=3)), setting
+    for setting in ("weight=5,eps=1,step=1", "weight=50,eps=.5,step=1", "weight=50,eps=1,step=.5",
+                    *(f"{strong[1]},{other}" for other in ("sigma=.5", "steps=2", "norm=2", "tasks=sst+sts"))):
+        assert not same(base, trained("--smart", setting, steps=3)), setting
     assert not same(*(trained("--proximal", text, steps=3) for text in ("mu=9", "mu=9,beta=.5")))
     frozen = trained(*strong, "--proximal", option="pretrain", steps=3)
     assert not same(frozen, trained(option="pretrain", steps=3))
@@ -922,6 +927,18 @@ def test_regularisers_in_training():
     for line in lines:
         assert set(line["regularisers"]) == {f"{task} {name}" for task in KINDS for name in ("smart", "proximal")}
         assert all(value > 0 for value in line["regularisers"].values()), line
+    _, _, still = run("--smart", "eps=0", "--proximal", "--lr", 0, steps=2)  # nothing moves, and the masks are the same
+    assert set(read_metrics(still, "step")[0]["regularisers"].values()) == {0.0}
+    seen = []
+
+    class Recorder(smart.Proximal):
+        def update(self, model, progress):
+            seen.append(progress)
+            super().update(model, progress)
+
+    with mock.patch.object(multitask_classifier, "Proximal", Recorder):
+        assert run("--proximal", "--accumulate", 3, "--epochs", 2, steps=7)[0] == 0
+    assert seen == [n / 6 for n in range(1, 7)], "once after each optimizer step"
     last = torch.load(folder / "last.pt", weights_only=True)
     assert not torch.equal(last["teacher"]["bert.pos_embedding.weight"], last["model"]["bert.pos_embedding.weight"])
 
@@ -1517,6 +1534,13 @@ def test_bad_input_gives_one_line_and_status_2():
         (["--log_gradients", "--option", "pretrain"], "--log_gradients with --option pretrain"),
         (["--pcgrad", "--schedule", "sequential", "--accumulate", "4"], "batches follow each other"),
         (["--schedule", "sequential", "--epoch_length", "2"], "leaves"),
+        (["--smart", "radius=1"], "'radius=1' is none of weight=, eps=,"),
+        (["--smart", "eps=small"], "argument --smart: eps: 'small' is not a number"),
+        (["--smart", "eps=1,eps=2"], "'eps=2': eps is given twice"),
+        (["--smart", "norm=1"], "norm: '1' is none of inf, 2"),
+        (["--smart", "tasks=sst+yelp"], "tasks: 'yelp' is not among --tasks sst,para,sts"),
+        (["--smart", "--amp"], "would be lost in rounding"),
+        (["--proximal", "beta=1"], "argument --proximal: beta: '1' is not a number of at least 0 and below 1"),
         (["--seed", str(2 ** 70)], "argument --seed"),
         (["--epoch_length", "\u00b2"], "not longest, shortest or a number"),
         (["--name", ""], "argument --name: empty"),

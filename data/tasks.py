@@ -201,12 +201,23 @@ def join(texts, cls, sep, max_length):
     return np.array(first + [i for text in texts[1:] for i in (*text, sep)], dtype=np.int64), len(first)
 
 
-def locate(args):
+def task_names(text):
+    """"sst,para" as a list. Raises InputError for what the table has not, or a task named twice."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in TASKS:
+            raise InputError(f"argument --tasks: unknown task {name!r}; the tasks are {', '.join(TASKS)}")
+    if len(set(names)) < len(names):
+        raise InputError("argument --tasks: a task is named twice")
+    return names
+
+
+def locate(args, splits=("train", "dev", "test")):
     """{task: {split: path}} of a run's flags; test only where there is one. Raises InputError for a missing file.
 
-    args: tasks, data_dir, and TASK_SPLIT (a path or None) for every task of the table.
+    args: tasks, data_dir, and where the script has such flags TASK_SPLIT (a path or None).
     """
-    given = {(task, split): getattr(args, f"{task}_{split}") for task in TASKS for split in ("train", "dev", "test")}
+    given = {(task, split): getattr(args, f"{task}_{split}", None) for task in TASKS for split in splits}
     for (task, split), path in given.items():
         if path is not None and task not in args.tasks:
             raise InputError(f"--{task}_{split}: {task} is not among --tasks {','.join(args.tasks)}")
