@@ -37,6 +37,7 @@ from torch.nn import functional as F
 import attention
 import multitask_classifier
 import pcgrad
+import pretrain_mlm
 import smart
 from bert import BertConfig, BertModel, our_name, published_name
 from checkpoint import exit_status, read_metrics
@@ -1569,6 +1570,156 @@ def test_bad_input_gives_one_line_and_status_2():
     status, said, folder = run("--data_dir", broken)
     assert status == 0 and "so no predictions for sts test" in said  # an optional file: said, and the run goes on
     assert not (folder / "predictions" / "sts-test-output.csv").exists()
+
+
+# ---------------------------------------------------------------- pretrain_mlm.py
+
+def mlm(*flags, out=None):
+    """pretrain_mlm.main() on the tiny encoder and the cut demo sets. Returns (exit status, what it said, the folder)."""
+    root = workspace()
+    out = out or root / "runs" / f"mlm-{time.time_ns()}"
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = exit_status(pretrain_mlm.main, [*map(str, ("--model", root / "tiny", "--data_dir", root / "data",
+                                                            "--out", out, *flags))])
+    return status, said.getvalue(), out
+
+
+def mlm_batches(passes=1):
+    """Batches of the demo pairs, whole, with the tiny vocabulary: (vocabulary, [input_ids (B, L), ...])."""
+    root = workspace()
+    tokenizer = load_tokenizer(root / "tiny")
+    batches = []
+    for name in ("para", "sts"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            examples = tokenize(read_examples(DEMO / TASKS[name].filename("train"), TASKS[name]), tokenizer, 512, cross=True)
+        batches += [batch.input_ids for batch in evaluation_batches(examples, np.arange(len(examples)))]
+    return pretrain_mlm.Vocabulary.of(tokenizer, root), batches * passes
+
+
+def test_masks_have_their_shares():
+    for whole_word in (False, True):
+        vocabulary, batches = mlm_batches(passes=6)
+        generator, tokens, kinds = np.random.default_rng(0), 0, np.zeros(3)
+        for ids in batches:
+            masked, chosen = pretrain_mlm.mask_tokens(ids, vocabulary, whole_word, generator)
+            special = torch.from_numpy(vocabulary.special)[ids]
+            assert not (chosen & special).any() and (chosen.sum(dim=1) > 0).all() and (ids == 0).any()
+            assert torch.equal(masked[~chosen], ids[~chosen])
+            tokens += int((~special).sum())
+            kept, mask = masked[chosen] == ids[chosen], masked[chosen] == vocabulary.mask
+            kinds += [int(mask.sum()), int((~mask & ~kept).sum()), int(kept.sum())]
+            if whole_word:  # a continuation is chosen exactly where the piece before it is
+                inside = torch.from_numpy(vocabulary.continuation)[ids[:, 1:]]
+                assert torch.equal(chosen[:, 1:][inside], chosen[:, :-1][inside]) and inside.any()
+            else:
+                counts = (~special).sum(dim=1)
+                assert torch.equal(chosen.sum(dim=1), torch.tensor([max(1, round(0.15 * int(n))) for n in counts]))
+        assert tokens > 1e5 and abs(kinds.sum() / tokens - 0.15) < 0.005, (tokens, kinds.sum() / tokens)
+        assert np.abs(kinds / kinds.sum() - [0.8, 0.1, 0.1]).max() < 0.01, kinds / kinds.sum()
+
+
+def test_masks_are_drawn_anew_and_from_training_text():
+    seen, read, original = [], [], pretrain_mlm.mask_tokens
+    reader = pretrain_mlm.read_examples
+
+    def recorded(input_ids, *args):
+        masked, chosen = original(input_ids, *args)
+        seen.append((input_ids.clone(), chosen))
+        return masked, chosen
+
+    with mock.patch.multiple(pretrain_mlm, mask_tokens=recorded,
+                             read_examples=lambda path, *args, **kwargs: read.append(path.name) or reader(path, *args, **kwargs)):
+        status, said, _ = mlm("--epochs", 2, "--batch_size", 100)
+    assert status == 0 and len(seen) == 5, said  # held out, one batch of all, held out, one batch, held out
+    assert read == ["ids-sst-train.csv", "quora-train.csv", "sts-train.csv"]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[2])), "the held-out masks stay"
+    found = [{tuple(ids.tolist()): mask for ids, mask in zip(*seen[i])} for i in (1, 3)]
+    assert found[0].keys() == found[1].keys() and not (found[0].keys() & {tuple(ids.tolist()) for ids in seen[0][0]})
+    assert sum(torch.equal(found[0][ids], found[1][ids]) for ids in found[0]) < len(found[0]) / 2
+
+
+def test_only_chosen_positions_are_decoded():
+    """Loss and gradients of the decoder at the chosen positions, against all positions through the written-out head."""
+    torch.manual_seed(14)
+    model = pretrain_mlm.MaskedLM(BertModel(TINY)).double().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    ids, mask, types = random_batch(TINY, [12, 30, 7])
+    chosen = (torch.rand(ids.shape) < 0.2) & (mask == 1)
+    logits, targets = model(ids, mask, types, chosen, ids)
+    ours = F.cross_entropy(logits, targets)
+    assert logits.shape == (int(chosen.sum()), 500)
+    hidden = model.bert(ids, mask, types)["last_hidden_state"]
+    hidden = F.layer_norm(F.gelu(hidden @ model.dense.weight.T + model.dense.bias), (16,), model.layer_norm.weight,
+                          model.layer_norm.bias, 1e-12)
+    full = hidden @ model.bert.word_embedding.weight.T + model.bias  # (B, L, V); the decoder is the embedding itself
+    theirs = F.cross_entropy(full.flatten(0, 1), torch.where(chosen, ids, -100).flatten())
+    assert abs(ours - theirs) < 1e-6
+    parameters = [p for name, p in model.named_parameters() if "pooler" not in name]
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters)):
+        assert (a - b).abs().max() < 1e-6
+    assert not any("decoder" in name for name in model.state_dict())
+
+
+def test_pretraining_goes_on_from_its_own_head():
+    status, said, folder = mlm("--epochs", 2, "--lr", 1e-3, "--batch_size", 8)
+    assert status == 0 and "no masked-LM head" in said, said
+    losses = [line["loss"] for line in read_metrics(folder, "evaluation")]
+    assert len(losses) == 3 and losses[2] < losses[0] and (folder / "curve.png").exists()
+    status, said, second = mlm("--model", folder, "--epochs", 1)
+    assert status == 0 and "no masked-LM head" not in said and "unused" not in said, said
+    assert abs(read_metrics(second, "evaluation")[0]["loss"] - min(losses)) < 1e-5
+    status, said, _ = run("--model", folder)
+    assert status == 0 and "left unused: cls.predictions" in said, said
+    _, _, again = mlm("--epochs", 2, "--lr", 1e-3, "--batch_size", 8)
+    assert same(load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")), "the same bits"
+    broken = shutil.copytree(folder, folder.with_name("mlm-broken"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["cls.predictions.bias"]
+    save_file(tensors, broken / "model.safetensors")
+    for flags, part in ((["--model", broken], "cls.predictions.bias of its masked-LM head is missing"),
+                        (["--out", folder], "there is a run of this name"), (["--fill", "nothing hidden"], "no [MASK] in it"),
+                        (["--text", folder / "gone.txt"], "gone.txt: cannot be read"), (["--tasks", "yelp"], "unknown task")):
+        status, said, _ = mlm(*flags)
+        assert status == 2 and part in said and "Traceback" not in said, said
+    try:
+        from transformers import BertForMaskedLM
+    except ImportError:
+        return
+    model, peer = pretrain_mlm.MaskedLM.from_pretrained(folder).eval(), BertForMaskedLM.from_pretrained(folder).eval()
+    ids, mask, types = random_batch(TINY, [12, 30, 7])
+    logits, _ = model(ids, mask, types, torch.tensor([[1] + [0] * 29] * 3).bool())
+    expected = peer(ids, mask, types).logits[:, 0][torch.tensor([2, 0, 1])]  # packed order: by length
+    assert (logits - expected).abs().max() < 1e-5
+
+
+def test_sixty_four_sentences_are_learnt_by_heart():
+    """A small model from random weights, new masks at every step."""
+    if not FULL:
+        raise SkipTest("with --full")
+    root = workspace()
+    tokenizer = load_tokenizer(root / "tiny")
+    vocabulary, generator = pretrain_mlm.Vocabulary.of(tokenizer, root), np.random.default_rng(0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        examples = tokenize(read_examples(DEMO / "ids-sst-train.csv", TASKS["sst"]), tokenizer, 24, cross=True)
+    torch.manual_seed(15)
+    config = BertConfig(vocab_size=500, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
+                        max_position_embeddings=64, hidden_dropout_prob=0.0)
+    model = pretrain_mlm.MaskedLM(BertModel(config)).train()
+    optimizer, batch, losses = AdamW(model.parameters()), collate(examples, np.arange(64)), []
+    for step in range(600):
+        optimizer.param_groups[0]["lr"] = learning_rate(3e-3, step / 600, 0.1)
+        ids, chosen = pretrain_mlm.mask_tokens(batch.input_ids, vocabulary, False, generator)
+        logits, targets = model(ids, batch.attention_mask, batch.token_type_ids, chosen, batch.input_ids)
+        loss = F.cross_entropy(logits, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if len(losses) > 20 and np.mean(losses[-20:]) < 0.1:
+            return
+    raise AssertionError(f"the loss is {np.mean(losses[-20:]):.3f} after 600 steps")
 
 
 def test_demo_run_learns():

@@ -1,0 +1,298 @@
+"""Masked-language-model pretraining of an encoder on the tasks' own text (Devlin et al. 2018, section 3.1, task 1;
+Gururangan et al. 2020; Sun et al. 2020, section 4.2), before it is fine-tuned on the tasks.
+
+    python pretrain_mlm.py --tasks sst,para,sts --epochs 4 --out runs/mlm        then multitask_classifier.py --model runs/mlm
+    python pretrain_mlm.py --text FILE --out runs/mlm                            any text, one sentence a line
+    python pretrain_mlm.py --model runs/mlm --fill "A [MASK] film."              what the model puts in the gap
+
+15 % of each sequence's tokens are to be predicted, drawn anew in every pass: of these 80 % are replaced by [MASK], 10 % by
+a random token, and 10 % are left. The text is that of the training files alone; some of it is held out for the loss and
+perplexity that are shown. A pair is one sequence. A run leaves a BERT folder with the masked-LM head beside the encoder,
+metrics.jsonl and curve.png.
+
+Dimensions: B sequences in the batch, L tokens in the longest, T real tokens, N chosen tokens, H hidden size, V vocabulary.
+"""
+import argparse
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from attention import to_device
+from bert import BertModel, read_checkpoint
+from checkpoint import Meter, Parser, Run, RunFailed, autocast, exit_status, get_device, number, plot_losses
+from data.batches import Stream, collate, evaluation_batches, seed_of
+from data.download import DEFAULT_ENCODER, InputError, fetch_encoder
+from data.tasks import TASKS, Examples, load_tokenizer, locate, read_examples, task_names, tokenize
+from optimizer import AdamW, learning_rate, parameter_groups
+
+SHARE = 0.15  # of a sequence's tokens are predicted
+HELD_OUT = 1000  # sequences, or a twentieth of a small set
+LOG_EVERY = 10  # steps between two step lines of metrics.jsonl
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PUBLISHED = {  # our name -> the published one
+    "dense.weight": "cls.predictions.transform.dense.weight", "dense.bias": "cls.predictions.transform.dense.bias",
+    "layer_norm.weight": "cls.predictions.transform.LayerNorm.weight",
+    "layer_norm.bias": "cls.predictions.transform.LayerNorm.bias", "bias": "cls.predictions.bias"}
+
+
+# ---------------------------------------------------------------- model
+
+class MaskedLM(nn.Module):
+    """BERT and its masked-LM head: dense, GELU, LayerNorm, then the word embeddings as the decoder, and a bias."""
+
+    def __init__(self, bert, amp=False):
+        super().__init__()
+        H = bert.config.hidden_size
+        self.bert, self.amp = bert, amp
+        self.dense, self.layer_norm = nn.Linear(H, H), nn.LayerNorm(H, eps=bert.config.layer_norm_eps)
+        nn.init.normal_(self.dense.weight, std=bert.config.initializer_range)
+        nn.init.zeros_(self.dense.bias)
+        self.bias = nn.Parameter(torch.zeros(bert.config.vocab_size))
+
+    @property
+    def device(self):
+        return self.bias.device
+
+    def forward(self, input_ids, attention_mask, token_type_ids, chosen, targets=None):
+        """Padded (B, L) each, `chosen` boolean -> logits (N, V) at the chosen positions, packed, and the targets (N,) there.
+
+        The decoder is the largest product of the model: only what is predicted goes through it.
+        """
+        with autocast(self.device, self.amp):
+            input_ids, token_type_ids, packing = self.bert.pack(input_ids, attention_mask, token_type_ids)
+            hidden_states = self.bert.embed(input_ids, token_type_ids, packing.positions)
+            hidden_states = self.bert.encode_packed(hidden_states, packing)  # (T, H)
+            chosen = packing.pack(chosen)  # (T,)
+            hidden_states = self.layer_norm(F.gelu(self.dense(hidden_states[chosen])))  # (N, H)
+            logits = F.linear(hidden_states, self.bert.word_embedding.weight, self.bias)
+        return logits.float(), None if targets is None else packing.pack(targets)[chosen]
+
+    @classmethod
+    def from_pretrained(cls, folder, amp=False):
+        """A BERT folder, with its own masked-LM head where it has one. Raises InputError."""
+        path, published = read_checkpoint(folder)
+        published = {name.replace("gamma", "weight").replace("beta", "bias"): tensor for name, tensor in published.items()}
+        tied = [name for name in ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias") if name in published]
+        model = cls(BertModel.from_pretrained(folder, elsewhere=[*PUBLISHED.values(), *tied]), amp)
+        found = {ours: published[theirs].float() for ours, theirs in PUBLISHED.items() if theirs in published}
+        if not found:
+            print(f"{path}: has no masked-LM head; it starts from random weights")
+            return model
+        own = model.state_dict()
+        wrong = [theirs for ours, theirs in PUBLISHED.items() if ours not in found or found[ours].shape != own[ours].shape]
+        if wrong:
+            raise InputError(f"{path}: {wrong[0]} of its masked-LM head is missing or misshapen")
+        model.load_state_dict(found, strict=False)
+        if tied and not torch.equal(published[tied[0]].float(), model.bert.word_embedding.weight):
+            raise InputError(f"{path}: {tied[0]} is not the word embeddings, to which this head is tied")
+        return model
+
+    def save_pretrained(self, folder, vocabulary):
+        own = self.state_dict()
+        self.bert.save_pretrained(folder, vocabulary, head={theirs: own[ours] for ours, theirs in PUBLISHED.items()})
+
+
+# ---------------------------------------------------------------- text and masks
+
+@dataclasses.dataclass
+class Vocabulary:
+    mask: int  # the id of [MASK]
+    special: np.ndarray  # (V,) boolean: never chosen
+    continuation: np.ndarray  # (V,) boolean: a word piece that is not its word's first, ##ing
+
+    @classmethod
+    def of(cls, tokenizer, folder):
+        ids = tokenizer.get_vocab()
+        if "[MASK]" not in ids:
+            raise InputError(f"{folder}: no [MASK] in its vocab.txt")
+        special, continuation = np.zeros((2, max(ids.values()) + 1), dtype=bool)
+        for token, i in ids.items():
+            special[i], continuation[i] = token in SPECIAL, token.startswith("##")
+        return cls(ids["[MASK]"], special, continuation)
+
+
+def choose(ids, vocabulary, whole_word, generator):
+    """The positions of one sequence to predict: 15 % of its tokens that are not special, or words of about as many."""
+    candidates = np.flatnonzero(~vocabulary.special[ids])
+    if len(candidates) == 0:
+        return candidates
+    count = max(1, round(SHARE * len(candidates)))
+    if not whole_word:
+        return generator.choice(candidates, count, replace=False)
+    words = np.split(candidates, np.flatnonzero(~vocabulary.continuation[ids[candidates]])[1:])
+    chosen = []
+    for i in generator.permutation(len(words)):
+        if not chosen or len(chosen) + len(words[i]) <= count:
+            chosen.extend(words[i])
+    return np.array(chosen)
+
+
+def mask_tokens(input_ids, vocabulary, whole_word, generator):
+    """(B, L) -> the ids with 80 % of the chosen as [MASK], 10 % random and 10 % kept; and where the chosen are, boolean."""
+    ids, chosen = input_ids.numpy().copy(), np.zeros(input_ids.shape, dtype=bool)
+    for row, positions in zip(chosen, (choose(row, vocabulary, whole_word, generator) for row in ids)):
+        row[positions] = True
+    kind = generator.random(ids.shape)
+    ids[chosen & (kind < 0.8)] = vocabulary.mask
+    randomly = chosen & (kind >= 0.8) & (kind < 0.9)
+    ids[randomly] = generator.integers(len(vocabulary.special), size=randomly.sum())
+    return torch.from_numpy(ids), torch.from_numpy(chosen)
+
+
+def load_text(args, tokenizer, max_length):
+    """(training text, held-out text): Examples without labels, each sequence once. Raises InputError."""
+    sets = [read_examples(splits["train"], TASKS[task], skip_malformed=args.skip_malformed)
+            for task, splits in locate(args, ("train",)).items()]
+    if args.text:
+        try:
+            lines = [line.strip() for line in args.text.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{args.text}: cannot be read as UTF-8 text ({error})") from None
+        sets.append(Examples(None, args.text, [], [(line,) for line in lines], None, []))
+    unique = {}
+    for examples in sets:
+        for row in tokenize(examples, tokenizer, max_length, cross=True).tokens:
+            unique[row[0][0].tobytes()] = row
+    tokens = list(unique.values())
+    order = np.random.default_rng(seed_of(args.seed, "held out")).permutation(len(tokens))
+    size = min(HELD_OUT, len(tokens) // 20)
+    if size == 0:
+        raise InputError(f"{len(tokens)} sequences of text are too few: one in twenty is held out")
+    print(f"{len(tokens) - size} sequences to train on, {size} held out")
+    return [Examples(None, None, [], [], None, [], [tokens[i] for i in part]) for part in (order[size:], order[:size])]
+
+
+# ---------------------------------------------------------------- training
+
+@torch.no_grad()
+def evaluate(model, held_out, vocabulary, args):
+    """The mean loss over the chosen tokens of the held-out text, which are the same at every call."""
+    model.eval()
+    total = count = 0
+    for i, batch in enumerate(evaluation_batches(held_out, np.arange(len(held_out.tokens)))):
+        generator = np.random.default_rng(seed_of(args.seed, "held-out masks", i))
+        ids, chosen = mask_tokens(batch.input_ids, vocabulary, args.whole_word, generator)
+        logits, targets = model(ids, batch.attention_mask, batch.token_type_ids, chosen, batch.input_ids)
+        total += float(F.cross_entropy(logits, targets, reduction="sum"))
+        count += len(targets)
+    model.train()
+    return total / count
+
+
+def train(args, model, text, held_out, vocabulary, run, encoder_folder):
+    """args.epochs passes over the text. Saves the epoch that is best on the held-out text."""
+    stream = Stream(len(text.tokens), args.batch_size, args.seed, "text")
+    steps_per_epoch = args.epoch_length or stream.batches
+    updates = args.epochs * steps_per_epoch
+    optimizer = AdamW(parameter_groups(model.parameters(), args.weight_decay), lr=args.lr)
+
+    best = evaluate(model, held_out, vocabulary, args)
+    print(f"before      held-out loss {best:.3f}, perplexity {math.exp(best):.1f}", flush=True)
+    run.log("evaluation", epoch=0, step=0, loss=best, perplexity=math.exp(best))
+    for epoch in range(args.epochs):
+        measured = Meter(["loss"], model.device)
+        bar = tqdm(range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch), desc=f"epoch {epoch + 1}/{args.epochs}",
+                   unit="step", leave=False)
+        for n in bar:
+            batch = collate(text, stream.rows(n))
+            generator = np.random.default_rng(seed_of(args.seed, "masks", n))
+            ids, chosen = mask_tokens(batch.input_ids, vocabulary, args.whole_word, generator)
+            torch.manual_seed(seed_of(args.seed, "dropout", n))
+            logits, targets = model(ids, batch.attention_mask, batch.token_type_ids, chosen, batch.input_ids)
+            loss = F.cross_entropy(logits, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args.lr, (n + 1) / (updates + 1), args.warmup)
+            optimizer.step()
+            measured.add("loss", loss, len(targets), int(batch.attention_mask.sum()))
+            if (n + 1) % LOG_EVERY == 0 or n + 1 == (epoch + 1) * steps_per_epoch:
+                means, speed = measured.read()
+                if not math.isfinite(means["loss"]):
+                    raise RunFailed(f"the loss is {means['loss']} around step {n + 1}; try a lower --lr")
+                bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed:.0f} tokens/s")
+                run.log("step", epoch=epoch + 1, step=n + 1, **means, lr=optimizer.param_groups[0]["lr"],
+                        tokens_per_second=round(speed))
+        loss = evaluate(model, held_out, vocabulary, args)
+        improved = loss < best
+        best = min(best, loss)
+        print(f"epoch {epoch + 1}/{args.epochs}   held-out loss {loss:.3f}, perplexity {math.exp(loss):.1f}"
+              f"{'  best so far, saved' if improved else ''}", flush=True)
+        run.log("evaluation", epoch=epoch + 1, step=(epoch + 1) * steps_per_epoch, loss=loss, perplexity=math.exp(loss))
+        if improved:
+            model.save_pretrained(run.folder, encoder_folder)
+        plot_losses(run.folder)
+
+
+@torch.no_grad()
+def fill(model, tokenizer, sentence, top=5):
+    """The most probable tokens for each [MASK] of a sentence. Raises InputError where there is none."""
+    ids = torch.tensor([tokenizer.encode(sentence).ids])
+    chosen = ids == tokenizer.token_to_id("[MASK]")
+    if not chosen.any():
+        raise InputError(f"--fill {sentence!r}: no [MASK] in it")
+    logits, _ = model.eval()(ids, torch.ones_like(ids), torch.zeros_like(ids), chosen)
+    best = logits.softmax(dim=-1).topk(top)
+    return [[(tokenizer.id_to_token(int(i)), float(p)) for p, i in zip(*row)] for row in zip(best.values, best.indices)]
+
+
+# ---------------------------------------------------------------- flags
+
+def get_parser():
+    parser = Parser(description="Masked-language-model pretraining on the tasks' own text.")
+    parser.add_argument("--model", default=DEFAULT_ENCODER, help="BERT folder, or name on the Hugging Face hub")
+    parser.add_argument("--tasks", default=None, help="whose training text (default: sst,para,sts, or none with --text)")
+    parser.add_argument("--text", type=Path, default=None, help="a text file, one sentence a line")
+    parser.add_argument("--data_dir", type=Path, default=None, help="folder with the course's files (default: data/, or "
+                        "the demo sets as long as that is empty)")
+    parser.add_argument("--skip_malformed", action="store_true", help="go on where more than 1 %% of a file is malformed")
+    parser.add_argument("--epochs", type=number(int, 1), default=4, help="number of epochs")
+    parser.add_argument("--epoch_length", type=number(int, 1), default=None, help="steps (default: once through the text)")
+    parser.add_argument("--batch_size", type=number(int, 1), default=32, help="sequences a step")
+    parser.add_argument("--lr", type=number(float, 0), default=5e-4, help="peak learning rate")
+    parser.add_argument("--warmup", type=number(float, 0, 1), default=0.1,
+                        help="share of the steps in which the rate rises from 0; after that it falls linearly to 0")
+    parser.add_argument("--weight_decay", type=number(float, 0), default=0.01, help="of weights; biases and norms have none")
+    parser.add_argument("--clip", type=number(float, 0), default=1.0, help="largest global gradient norm")
+    parser.add_argument("--whole_word", action="store_true", help="mask whole words, not single word pieces")
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 63), default=11711, help="of everything random")
+    parser.add_argument("--use_gpu", action="store_true", help="train on CUDA, or on MPS of an Apple machine")
+    parser.add_argument("--amp", action="store_true", help="in bfloat16 (CUDA, or a CPU with avx512_bf16)")
+    parser.add_argument("--out", type=Path, default=None, help="the folder to write, a new one")
+    parser.add_argument("--fill", nargs="+", metavar="SENTENCE", help="no training: fill the [MASK]s of these sentences")
+    return parser
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    device = get_device(args.use_gpu, args.amp)
+    if not args.fill and not args.out:
+        raise InputError("give --out FOLDER to train, or --fill SENTENCE")
+    args.tasks = [] if args.text and args.tasks is None else task_names(args.tasks or "sst,para,sts")
+    encoder_folder = fetch_encoder(args.model)
+    tokenizer = load_tokenizer(encoder_folder)
+    vocabulary = Vocabulary.of(tokenizer, encoder_folder)
+    torch.manual_seed(args.seed)  # for a new head
+    if args.fill:
+        model = MaskedLM.from_pretrained(encoder_folder)
+        for sentence in args.fill:
+            for filled in fill(model, tokenizer, sentence):
+                print(f"{sentence}   " + "  ".join(f"{token} {p:.2f}" for token, p in filled))
+        return
+    model = MaskedLM.from_pretrained(encoder_folder, args.amp).to(device)
+    text, held_out = load_text(args, tokenizer, model.bert.config.max_position_embeddings)
+    train(args, model, text, held_out, vocabulary, Run(args.out, vars(args)), encoder_folder)
+    print(f"{os.path.relpath(args.out)}: encoder and masked-LM head, metrics.jsonl, curve.png")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
