@@ -285,7 +285,7 @@ def train(args, model, data, run, encoder_folder):
                 shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
                 bar.set_postfix_str(f"{shown}, {speed:.0f} tokens/s")
                 if run:
-                    others = {"regularisers": {name: means[name] for name in means.keys() - losses.keys()},
+                    others = {"regularisers": {name: mean for name, mean in means.items() if name not in losses},
                               "gradients": mean_of(diagnosed[logged:])}
                     run.log("step", epoch=epoch + 1, step=epoch * schedule.steps_per_epoch + step, losses=losses,
                             lr=optimizer.param_groups[0]["lr"], tokens_per_second=round(speed),
@@ -304,7 +304,9 @@ def train(args, model, data, run, encoder_folder):
             if improved:
                 model.save(run.folder, encoder_folder)
             last = {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "gradvac_targets": gradients.targets, **({"teacher": proximal.teacher.state_dict()} if proximal else {})}
+                    "gradvac_targets": gradients.targets}
+            if proximal:
+                last["teacher"] = proximal.teacher.state_dict()
             write_whole(run.folder / "last.pt", lambda path: torch.save(last, path))
             plot_curves(run.folder)
     return best
@@ -377,12 +379,12 @@ def get_parser():
     group.add_argument("--smart", nargs="?", const="", metavar="NAME=VALUE,...", type=settings(
         weight=(number(float, 0), 5.0), eps=(number(float, 0), 1e-5), sigma=(number(float, 0), 1e-5),
         step=(number(float, 0), 1e-3), steps=(number(int, 1), 1), norm=(one_of("inf", "2"), "inf"), tasks=(str, None)),
-                       help="smoothness under small perturbations of the embeddings; without VALUEs as in the paper: weight=5,"
-                            "eps=1e-5,sigma=1e-5,step=1e-3,steps=1,norm=inf, and tasks=sst+sts for some of the tasks only")
+                       help="smoothness under small perturbations of the embeddings; what is not given is as in the paper: "
+                            "weight=5,eps=1e-5,sigma=1e-5,step=1e-3,steps=1,norm=inf; tasks=sst+sts for these tasks only")
     group.add_argument("--proximal", nargs="?", const="", metavar="NAME=VALUE,...", type=settings(
         mu=(number(float, 0), 1.0), beta=(number(float, 0, 1), None)),
-                       help="stay near a running average of the weights: mu=1 and beta, .99 in the first tenth of the steps "
-                            "and then .999 as in the paper, or one number")
+                       help="stay near a running average of the weights: mu=1, and beta one number, or what the paper has: "
+                            ".99 in the first tenth of the steps, then .999")
     group = parser.add_argument_group("machine and run")
     group.add_argument("--use_gpu", action="store_true", help="train on CUDA, or on MPS of an Apple machine")
     group.add_argument("--amp", action="store_true", help="the encoder in bfloat16 (CUDA, or a CPU with avx512_bf16)")
@@ -435,8 +437,8 @@ def resolve(argv):
         if name not in args.tasks:
             raise InputError(f"argument --smart: tasks: {name!r} is not among --tasks {','.join(args.tasks)}")
     if args.smart and args.amp and args.smart["eps"] < 0.01:
-        raise InputError(f"--smart with --amp: bfloat16 has three digits, and a perturbation of {args.smart['eps']:g} would "
-                         "be lost in rounding; leave out --amp, or give --smart eps=.01 or more")
+        raise InputError(f"--smart with --amp: bfloat16 has three digits, and a perturbation of {args.smart['eps']:g} "
+                         "would be lost in rounding; leave out --amp, or give --smart eps=.01 or more")
 
     args.device = get_device(args.use_gpu, args.amp)
     if args.name is None:

@@ -1,7 +1,7 @@
 """Masked-language-model pretraining of an encoder on the tasks' own text (Devlin et al. 2018, section 3.1, task 1;
 Gururangan et al. 2020; Sun et al. 2020, section 4.2), before it is fine-tuned on the tasks.
 
-    python pretrain_mlm.py --tasks sst,para,sts --epochs 4 --out runs/mlm        then multitask_classifier.py --model runs/mlm
+    python pretrain_mlm.py --tasks sst,para,sts --epochs 4 --out runs/mlm      for multitask_classifier.py --model runs/mlm
     python pretrain_mlm.py --text FILE --out runs/mlm                            any text, one sentence a line
     python pretrain_mlm.py --model runs/mlm --fill "A [MASK] film."              what the model puts in the gap
 
@@ -62,7 +62,7 @@ class MaskedLM(nn.Module):
         return self.bias.device
 
     def forward(self, input_ids, attention_mask, token_type_ids, chosen, targets=None):
-        """Padded (B, L) each, `chosen` boolean -> logits (N, V) at the chosen positions, packed, and the targets (N,) there.
+        """Padded (B, L) each, `chosen` boolean -> logits (N, V) at the chosen positions, packed, and targets (N,) there.
 
         The decoder is the largest product of the model: only what is predicted goes through it.
         """
