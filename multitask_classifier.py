@@ -436,9 +436,10 @@ def resolve(argv):
     for name in args.smart_tasks:
         if name not in args.tasks:
             raise InputError(f"argument --smart: tasks: {name!r} is not among --tasks {','.join(args.tasks)}")
-    if args.smart and args.amp and args.smart["eps"] < 0.01:
-        raise InputError(f"--smart with --amp: bfloat16 has three digits, and a perturbation of {args.smart['eps']:g} "
-                         "would be lost in rounding; leave out --amp, or give --smart eps=.01 or more")
+    moves = min(args.smart["eps"], args.smart["steps"] * args.smart["step"]) if args.smart else 0
+    if args.smart and args.amp and moves < 0.01:
+        raise InputError(f"--smart with --amp: bfloat16 has three digits, and a perturbation of {moves:g} "
+                         "would be lost in rounding; leave out --amp, or give --smart an eps and a step of .01 or more")
 
     args.device = get_device(args.use_gpu, args.amp)
     if args.name is None:

@@ -930,6 +930,8 @@ def test_regularisers_in_training():
         assert all(value > 0 for value in line["regularisers"].values()), line
     _, _, still = run("--smart", "eps=0", "--proximal", "--lr", 0, steps=2)  # nothing moves, and the masks are the same
     assert set(read_metrics(still, "step")[0]["regularisers"].values()) == {0.0}
+    _, _, followed = run("--smart", "eps=0", "--proximal", "beta=0", steps=12)  # the teacher is the model after each step
+    assert all(set(line["regularisers"].values()) == {0.0} for line in read_metrics(followed, "step"))
     seen = []
 
     class Recorder(smart.Proximal):
@@ -1541,6 +1543,8 @@ def test_bad_input_gives_one_line_and_status_2():
         (["--smart", "norm=1"], "norm: '1' is none of inf, 2"),
         (["--smart", "tasks=sst+yelp"], "tasks: 'yelp' is not among --tasks sst,para,sts"),
         (["--smart", "--amp"], "would be lost in rounding"),
+        (["--smart", "eps=1", "--amp"], "would be lost in rounding"),
+        (["--smart", "eps=.009,step=1", "--amp"], "would be lost in rounding"),
         (["--proximal", "beta=1"], "argument --proximal: beta: '1' is not a number of at least 0 and below 1"),
         (["--seed", str(2 ** 70)], "argument --seed"),
         (["--epoch_length", "\u00b2"], "not longest, shortest or a number"),

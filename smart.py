@@ -13,10 +13,10 @@ label: both sentences of a pair, also where they are encoded apart, share one no
 All passes over a batch draw the same dropout masks, by starting from the same seed: else R and D would measure dropout.
 
 The paper's radius of 1e-5 is small beside embeddings of about 0.5: R is then a millionth of the loss. float32 still
-resolves it, to a few percent (the table below), but on the default encoder the gradient of 5 R is some millionths of the
-loss's, and a run ends with the scores of one without. What the authors' own code does is another thing: it does not
-project, so one step of length 1 leaves a perturbation of about 1 (here: eps=1,step=1; with step=1e-3 it would move 1e-3).
-README.md has the scores of both.
+resolves it, to a few percent (the table that this file prints), but on the default encoder the gradient of 5 R is some
+millionths of the loss's, and a run ends with the scores of one without. A radius of 1 needs a step of that size too
+(eps=1,step=1; with step=1e-3 the perturbation stays at 1e-3). The authors' released code has an effective radius of about
+1 as well, but it does not project, and its versions differ in how they normalise. README.md has scores.
 
     python smart.py [RUN]      how far perturbations of each size move a sentence's sentiment; what a training step costs
 
@@ -194,10 +194,12 @@ if __name__ == "__main__":
     bert = BertModel.from_pretrained(folder)
     cross = [task for task, head in args.pair_head.items() if head == "cross"]
     data = load_data(locate(args), folder, bert.config, cross, skip_malformed=False)
+    torch.manual_seed(args.seed)  # for the heads
     model = MultitaskBERT(bert, args.tasks, args.pair_head, args.pooling, args.hidden_dropout_prob).to(args.device)
 
     if RUN:
         shown = MultitaskBERT.load(RUN)
+        shown.amp = False  # shown in float64
     else:  # a sentiment head on the untrained encoder, from what it makes of the training sentences
         with torch.no_grad():
             encoded = [(model.eval()(b.input_ids, b.attention_mask), b.labels)
