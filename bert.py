@@ -186,7 +186,8 @@ class BertModel(nn.Module):
         for name, tensor in published.items():
             ours = our_name(name)
             if ours not in own:
-                extra.extend([] if name in elsewhere else [name])
+                if name not in elsewhere:
+                    extra.append(name)
             elif ours in found:
                 raise InputError(f"{path}: two tensors for {name}, with and without a prefix")
             elif tensor.shape != own[ours].shape:

@@ -432,14 +432,7 @@ def resolve(argv):
     if args.lr is None:
         args.lr = 1e-4 if args.option == "finetune" else 1e-3
     resolve_surgery(args)
-    args.smart_tasks = (args.smart.pop("tasks") or "+".join(args.tasks)).split("+") if args.smart else []
-    for name in args.smart_tasks:
-        if name not in args.tasks:
-            raise InputError(f"argument --smart: tasks: {name!r} is not among --tasks {','.join(args.tasks)}")
-    moves = min(args.smart["eps"], args.smart["steps"] * args.smart["step"]) if args.smart else 0
-    if args.smart and args.amp and moves < 0.01:
-        raise InputError(f"--smart with --amp: bfloat16 has three digits, and a perturbation of {moves:g} "
-                         "would be lost in rounding; leave out --amp, or give --smart an eps and a step of .01 or more")
+    resolve_smart(args)
 
     args.device = get_device(args.use_gpu, args.amp)
     if args.name is None:
@@ -473,6 +466,21 @@ def resolve_surgery(args):
                          "as in sst+para,sts")
     if len(args.gradient_rows) < 2:
         raise InputError(f"{flag} with one {'task' if groups is True else 'group'}: there is no second gradient")
+
+
+def resolve_smart(args):
+    """args.smart (the settings of Smoothness, or None) and args.smart_tasks (those it is for)."""
+    args.smart_tasks = []
+    if not args.smart:
+        return
+    args.smart_tasks = (args.smart.pop("tasks") or "+".join(args.tasks)).split("+")
+    for name in args.smart_tasks:
+        if name not in args.tasks:
+            raise InputError(f"argument --smart: tasks: {name!r} is not among --tasks {','.join(args.tasks)}")
+    moves = min(args.smart["eps"], args.smart["steps"] * args.smart["step"])
+    if args.amp and moves < 0.01:
+        raise InputError(f"--smart with --amp: bfloat16 has three digits, and a perturbation of {moves:g} "
+                         "would be lost in rounding; leave out --amp, or give --smart an eps and a step of .01 or more")
 
 
 def output_paths(args, paths):

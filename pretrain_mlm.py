@@ -172,15 +172,20 @@ def load_text(args, tokenizer, max_length):
 
 # ---------------------------------------------------------------- training
 
+def predict_masked(model, batch, vocabulary, whole_word, seed):
+    """Hide some tokens of a batch, as `seed` draws them. Returns the logits (N, V) for them, and what they are (N,)."""
+    ids, chosen = mask_tokens(batch.input_ids, vocabulary, whole_word, np.random.default_rng(seed))
+    return model(ids, batch.attention_mask, batch.token_type_ids, chosen, batch.input_ids)
+
+
 @torch.no_grad()
 def evaluate(model, held_out, vocabulary, args):
     """The mean loss over the chosen tokens of the held-out text, which are the same at every call."""
     model.eval()
     total = count = 0
     for i, batch in enumerate(evaluation_batches(held_out, np.arange(len(held_out.tokens)))):
-        generator = np.random.default_rng(seed_of(args.seed, "held-out masks", i))
-        ids, chosen = mask_tokens(batch.input_ids, vocabulary, args.whole_word, generator)
-        logits, targets = model(ids, batch.attention_mask, batch.token_type_ids, chosen, batch.input_ids)
+        seed = seed_of(args.seed, "held-out masks", i)
+        logits, targets = predict_masked(model, batch, vocabulary, args.whole_word, seed)
         total += float(F.cross_entropy(logits, targets, reduction="sum"))
         count += len(targets)
     model.train()
@@ -203,10 +208,9 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder):
                    unit="step", leave=False)
         for n in bar:
             batch = collate(text, stream.rows(n))
-            generator = np.random.default_rng(seed_of(args.seed, "masks", n))
-            ids, chosen = mask_tokens(batch.input_ids, vocabulary, args.whole_word, generator)
             torch.manual_seed(seed_of(args.seed, "dropout", n))
-            logits, targets = model(ids, batch.attention_mask, batch.token_type_ids, chosen, batch.input_ids)
+            seed = seed_of(args.seed, "masks", n)
+            logits, targets = predict_masked(model, batch, vocabulary, args.whole_word, seed)
             loss = F.cross_entropy(logits, targets)
             optimizer.zero_grad()
             loss.backward()
