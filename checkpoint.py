@@ -234,19 +234,30 @@ def number(convert, least, below=math.inf):
     return parse
 
 
+def named_values(text):
+    """NAME=value,NAME=value as a dict of strings."""
+    values = {}
+    for part in text.split(","):
+        name, equals, value = map(str.strip, part.partition("="))
+        if not equals or name in values:
+            raise argparse.ArgumentTypeError(f"{text!r}: {part!r} is not one more NAME=value")
+        values[name] = value
+    return values
+
+
 def per_task(convert):
     """A flag's type: one value for all tasks, or NAME=value,NAME=value as a dict."""
     def parse(text):
-        if "=" not in text:
-            return convert(text)
-        values = {}
-        for part in text.split(","):
-            name, equals, value = part.partition("=")
-            if not equals or name.strip() in values:
-                raise argparse.ArgumentTypeError(f"{text!r}: {part!r} is not one more NAME=value")
-            values[name.strip()] = convert(value)
-        return values
+        return {name: convert(value) for name, value in named_values(text).items()} if "=" in text else convert(text)
     return parse
+
+
+def names(text):
+    """A flag's type: one or more names, as in sst+sts."""
+    found = [name.strip() for name in text.split("+")]
+    if "" in found or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one or more different names, as in sst+sts")
+    return found
 
 
 def one_of(*choices):
@@ -261,13 +272,10 @@ def one_of(*choices):
 def settings(**fields):
     """A flag's type: NAME=value,NAME=value as a dict of all fields. fields: {name: (type, default)}."""
     def parse(text):
-        given = {}
-        for part in filter(None, text.split(",")):
-            name, _, value = map(str.strip, part.partition("="))
+        given = named_values(text) if text else {}
+        for name, value in given.items():
             if name not in fields:
-                raise argparse.ArgumentTypeError(f"{part!r} is none of {', '.join(f'{field}=' for field in fields)}")
-            if name in given:
-                raise argparse.ArgumentTypeError(f"{part!r}: {name} is given twice")
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(f'{field}=' for field in fields)}")
             try:
                 given[name] = fields[name][0](value)
             except argparse.ArgumentTypeError as error:

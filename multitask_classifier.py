@@ -7,7 +7,8 @@ A run leaves runs/NAME/ with the best encoder and heads, metrics.jsonl, curves.p
 submission format. Each system of the five reports is a combination of these axes: schedule (data/batches.py), heads and
 losses (here), gradient surgery (pcgrad.py), regularisers (smart.py).
 
-Dimensions: B rows in a batch, S sequences (B, or 2B where pairs are encoded apart), H hidden size, C outputs of a task.
+Dimensions: B rows in a batch, S sequences (B, or 2B where pairs are encoded apart), L tokens in the longest,
+H hidden size, C outputs of a task.
 """
 import argparse
 import contextlib
@@ -29,8 +30,9 @@ from tqdm import tqdm
 
 from attention import to_device
 from bert import BertModel
-from checkpoint import (Meter, Parser, Run, RunFailed, autocast, exit_status, for_each, get_device, join_processes, mean_of,
-                        number, one_of, per_task, plot_curves, rank_and_world, settings, sum_over_processes)
+from checkpoint import (Meter, Parser, Run, RunFailed, autocast, exit_status, for_each, get_device, join_processes,
+                        mean_of, names, number, one_of, per_task, plot_curves, rank_and_world, settings,
+                        sum_over_processes)
 from data.batches import SCHEDULES, Schedule, collate, evaluation_batches, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, write_whole
 from data.tasks import TASKS, load_data, locate, task_names
@@ -130,7 +132,7 @@ class MultitaskBERT(nn.Module):
             hidden_states = self.bert.encode_packed(hidden_states, packing)
             pooled = (self.bert.pool(packing.first(hidden_states)) if self.pooling == "cls"
                       else packing.mean(hidden_states))
-        return pooled.float() if self.amp else pooled
+        return pooled.float() if self.amp else pooled  # not without amp: a model in float64 stays in float64
 
     def logits(self, task, batch, perturbation=None):  # -> (B, C)
         return self.heads[task](self(batch.input_ids, batch.attention_mask, batch.token_type_ids, perturbation))
@@ -378,9 +380,10 @@ def get_parser():
     group = parser.add_argument_group("regularisers (Jiang et al. 2020)")
     group.add_argument("--smart", nargs="?", const="", metavar="NAME=VALUE,...", type=settings(
         weight=(number(float, 0), 5.0), eps=(number(float, 0), 1e-5), sigma=(number(float, 0), 1e-5),
-        step=(number(float, 0), 1e-3), steps=(number(int, 1), 1), norm=(one_of("inf", "2"), "inf"), tasks=(str, None)),
+        step=(number(float, 0), 1e-3), steps=(number(int, 1), 1), norm=(one_of("inf", "2"), "inf"), tasks=(names, None)),
                        help="smoothness under small perturbations of the embeddings; what is not given is as in the paper: "
-                            "weight=5,eps=1e-5,sigma=1e-5,step=1e-3,steps=1,norm=inf; tasks=sst+sts for these tasks only")
+                            "weight=5,eps=1e-5,sigma=1e-5,step=1e-3,steps=1,norm=inf; tasks=sst+sts for these tasks only. A "
+                            "perturbation that is as large as the embeddings: eps=1,step=1")
     group.add_argument("--proximal", nargs="?", const="", metavar="NAME=VALUE,...", type=settings(
         mu=(number(float, 0), 1.0), beta=(number(float, 0, 1), None)),
                        help="stay near a running average of the weights: mu=1, and beta one number, or what the paper has: "
@@ -473,10 +476,12 @@ def resolve_smart(args):
     args.smart_tasks = []
     if not args.smart:
         return
-    args.smart_tasks = (args.smart.pop("tasks") or "+".join(args.tasks)).split("+")
+    args.smart_tasks = args.smart.pop("tasks") or args.tasks
     for name in args.smart_tasks:
         if name not in args.tasks:
             raise InputError(f"argument --smart: tasks: {name!r} is not among --tasks {','.join(args.tasks)}")
+    if args.smart["sigma"] == 0:
+        raise InputError("argument --smart: sigma: 0; the ascent could not start, since the divergence has no slope there")
     moves = min(args.smart["eps"], args.smart["steps"] * args.smart["step"])
     if args.amp and moves < 0.01:
         raise InputError(f"--smart with --amp: bfloat16 has three digits, and a perturbation of {moves:g} "
@@ -513,9 +518,9 @@ def train_and_predict(args, rank):
     if rank == 0:
         encoder_folder = fetch_encoder(args.model)
     if distributed.is_initialized():
-        names = [args.name]  # the first process's, since the time is in it
-        distributed.broadcast_object_list(names)
-        args.name = names[0]
+        run_name = [args.name]  # the first process's, since the time is in it
+        distributed.broadcast_object_list(run_name)
+        args.name, = run_name
     if rank:
         encoder_folder = fetch_encoder(args.model)  # in the cache by now
     torch.manual_seed(args.seed)  # for the new heads

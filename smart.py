@@ -24,6 +24,7 @@ Dimensions: B examples in the batch, S sequences (B, or 2B where pairs are encod
 H hidden size, C outputs of a task.
 """
 import copy
+import time
 
 import torch
 
@@ -57,21 +58,24 @@ class Smoothness:
 
     def __call__(self, model, task, batch, logits, seed):
         """A scalar. logits (B, C): of the unperturbed pass, for which torch.manual_seed(seed) was called just before."""
-        perturbation = self.perturbation(model, task, batch, logits, seed)
-        return self.weight * self.divergence(model, task, batch, logits, seed, perturbation).mean()
+        perturbation = self.ascend(model, task, batch, logits, seed)
+        return self.weight * self.divergences(model, task, batch, logits, seed, perturbation).mean()
 
-    def divergence(self, model, task, batch, logits, seed, perturbation):  # -> (B,)
+    def divergences(self, model, task, batch, logits, seed, perturbation):  # -> (B,)
         torch.manual_seed(seed)
         return divergence(self.kinds[task], model.logits(task, batch, perturbation), logits)
 
-    def perturbation(self, model, task, batch, logits, seed):
+    def gradient(self, model, total, perturbation):  # of the perturbation alone: no weight's is computed
+        return torch.autograd.grad(total, perturbation)[0]
+
+    def ascend(self, model, task, batch, logits, seed):
         """x~ - x of algorithm 1, (S, L, H), zeros on the padding."""
         mask = batch.attention_mask.to(model.device).unsqueeze(-1)  # (S, L, 1)
         perturbation = self.sigma * torch.randn(*mask.shape[:2], model.bert.config.hidden_size, device=mask.device) * mask
         for _ in range(self.steps):
             perturbation.requires_grad_()
-            moved = self.divergence(model, task, batch, logits.detach(), seed, perturbation).sum()
-            gradient, = torch.autograd.grad(moved, perturbation)  # of the perturbation alone: no weight's is computed
+            total = self.divergences(model, task, batch, logits.detach(), seed, perturbation).sum()
+            gradient = self.gradient(model, total, perturbation)
             smallest = torch.finfo(gradient.dtype).tiny  # where an example's gradient vanishes it stays where it is
             direction = gradient / self.example_norm(gradient, len(logits)).clamp_min(smallest)
             perturbation = self.project(perturbation.detach() + self.step * direction, len(logits))
@@ -115,51 +119,55 @@ class Proximal:
             average.lerp_(parameter, 1 - beta)  # average + (1 - beta) (parameter - average)
 
 
-def show_perturbations(model, tokenizer, sentence):
-    """How far a sentence's sentiment moves under random signs of size eps, and under one ascent step into the ball."""
-    ids = torch.tensor([tokenizer.encode(sentence).ids])
-    batch = SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
+def show_perturbations(model, batch):
+    """How far a sentence's sentiment moves under one ascent step into the ball, and under random signs of equal size."""
     model = model.double().eval()  # float64, so that the smallest are seen as they are; the last column is float32
     logits = model.logits("sst", batch).detach()
-    print(f"{sentence!r}: {[round(p, 3) for p in logits.softmax(dim=-1)[0].tolist()]}\n"
+    print(f"{[round(p, 3) for p in logits.softmax(dim=-1)[0].tolist()]}\n"
           f"{'':24}largest change of a probability   R                    its error\n"
-          f"eps       step          noise      ascent       noise      ascent    in float32")
+          f"eps       step          signs      ascent       signs      ascent    in float32")
     for eps, step in ((1e-6, 1e-4), (1e-5, 1e-3), (1e-4, 1e-2), (1e-3, 1e-1), (1e-2, 1.0), (0.1, 1.0), (1.0, 1e-3), (1.0, 1.0)):
         torch.manual_seed(0)
         smart = Smoothness({"sst": "classes"}, eps=eps, sigma=min(eps, 1e-5), step=step)
-        ascent = smart.perturbation(model, "sst", batch, logits, seed=0)
-        noise = ascent.abs().max() * torch.randn_like(ascent).sign()
-        row = []
-        for perturbation in (noise, ascent):
-            moved = model.logits("sst", batch, perturbation).detach()
-            row.append(((moved.softmax(-1) - logits.softmax(-1)).abs().max(), divergence("classes", moved, logits)))
+        ascent = smart.ascend(model, "sst", batch, logits, seed=0)
+        signs = ascent.square().mean().sqrt() * torch.randn_like(ascent).sign()  # of the same 2-norm
+        changes, values = [], []
+        for perturbation in (signs, ascent):
+            perturbed = model.logits("sst", batch, perturbation).detach()
+            changes.append((perturbed.softmax(dim=-1) - logits.softmax(dim=-1)).abs().max().item())
+            values.append(divergence("classes", perturbed, logits).item())
         single = copy.deepcopy(model).float()
-        measured = smart.divergence(single, "sst", batch, single.logits("sst", batch), 0, ascent.float())
-        error = abs(measured / row[1][1] - 1)
-        print(f"{eps:<8g}  {step:<8g} {row[0][0]:10.1e}  {row[1][0]:10.1e}  {row[0][1].item():10.1e}  "
-              f"{row[1][1].item():10.1e}  {error.item():11.0%}")
+        measured = smart.divergences(single, "sst", batch, single.logits("sst", batch), 0, ascent.float()).item()
+        print(f"{eps:<8g}  {step:<8g} {changes[0]:10.1e}  {changes[1]:10.1e}  {values[0]:10.1e}  {values[1]:10.1e}  "
+              f"{abs(measured / values[1] - 1):11.0%}")
 
 
-def step_times(model, batches, rounds=15):
-    """{what: median seconds of a training step} of a plain step and of each regulariser, interleaved."""
-    kinds = {task: TASKS[task].kind for task, _ in batches[0]}
+class WithAllGradients(Smoothness):
+    """What the ascent would cost if it took the weights' gradients too, of which it has no use."""
+
+    def gradient(self, model, total, perturbation):
+        return torch.autograd.grad(total, [perturbation, *model.parameters()], allow_unused=True)[0]
+
+
+def step_times(model, optimizer, gradients, kinds, steps, rounds=15):
+    """{what: median seconds of a training step} of a plain step and of each regulariser, interleaved.
+
+    steps: some steps, each a list of (task, batch); they are used over and over.
+    """
     smart, proximal = Smoothness(kinds), Proximal(model, kinds)
-    weights, grad = list(model.parameters()), torch.autograd.grad
-    everything = mock.patch("torch.autograd.grad", lambda y, x: grad(y, [x, *weights], allow_unused=True)[:1])
-    variants = {"plain": [], "smart": [smart], "smart, ascent with all gradients": [smart], "proximal": [proximal],
-                "smart and proximal": [smart, proximal]}
-    gradients = GradientBuffer(model.shared_parameters(), {task: head.parameters() for task, head in model.heads.items()})
-    optimizer, times = AdamW(model.parameters(), lr=1e-5), {name: [] for name in variants}
+    variants = {"plain": [], "smart": [smart], "smart, ascent with all gradients": [WithAllGradients(kinds)],
+                "proximal": [proximal], "smart and proximal": [smart, proximal]}
+    times = {name: [] for name in variants}
     for i in range(rounds + 2):  # the first two warm up
         for name, regularisers in variants.items():
             start = time.perf_counter()
             gradients.zero()
-            for task, batch in batches[i % len(batches)]:
+            for task, batch in steps[i % len(steps)]:
                 torch.manual_seed(i)
                 logits = model.logits(task, batch)
                 loss = model.loss(task, batch, logits)
-                with everything if "all gradients" in name else contextlib.nullcontext():
-                    loss = sum((term(model, task, batch, logits, seed=i) for term in regularisers), loss)
+                for term in regularisers:
+                    loss = loss + term(model, task, batch, logits, seed=i)
                 gradients.backward(task, loss)
             gradients.combine(seed=i)
             optimizer.step()
@@ -172,51 +180,64 @@ def step_times(model, batches, rounds=15):
 
 
 if __name__ == "__main__":
-    import contextlib
     import sys
-    import time
-    from types import SimpleNamespace
-    from unittest import mock
 
     import numpy as np
 
     from bert import BertModel
-    from data.batches import collate, evaluation_batches
-    from data.download import fetch_encoder
+    from checkpoint import exit_status
+    from data.batches import Batch, collate, evaluation_batches
+    from data.download import InputError, fetch_encoder
     from data.tasks import TASKS, load_data, load_tokenizer, locate
     from multitask_classifier import MultitaskBERT, resolve
     from optimizer import AdamW
     from pcgrad import GradientBuffer
 
-    RUN = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
-    args = resolve(["--option", "finetune", *sys.argv[1:]])  # --data_dir, --model, --pair_head, ...
-    folder = fetch_encoder(RUN or args.model)
-    bert = BertModel.from_pretrained(folder)
-    cross = [task for task, head in args.pair_head.items() if head == "cross"]
-    data = load_data(locate(args), folder, bert.config, cross, skip_malformed=False)
-    torch.manual_seed(args.seed)  # for the heads
-    model = MultitaskBERT(bert, args.tasks, args.pair_head, args.pooling, args.hidden_dropout_prob).to(args.device)
+    SENTENCE = "A quiet, clever film that never quite finds its ending."
 
-    if RUN:
-        shown = MultitaskBERT.load(RUN)
-        shown.amp = False  # shown in float64
-    else:  # a sentiment head on the untrained encoder, from what it makes of the training sentences
-        with torch.no_grad():
-            encoded = [(model.eval()(b.input_ids, b.attention_mask), b.labels)
-                       for b in evaluation_batches(data["sst"]["train"], np.arange(min(500, len(data["sst"]["train"]))))]
-        pooled, labels = map(torch.cat, zip(*encoded))
-        optimizer = AdamW(model.heads["sst"].parameters(), lr=1e-2)
-        for _ in range(300):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model.heads["sst"](pooled), labels.long()).backward()
-            optimizer.step()
+    def main(argv):
+        run = argv[0] if argv and not argv[0].startswith("-") else None
+        args = resolve(["--option", "finetune", *argv[bool(run):]])  # --data_dir, --model, --pair_head, ...
+        if run:
+            model, folder = MultitaskBERT.load(run), run
+            model.amp = False  # shown in float64
+            args.tasks, args.pair_head = list(model.heads), model.pair_head
+        else:
+            folder = fetch_encoder(args.model)
+            torch.manual_seed(args.seed)  # for the heads
+            model = MultitaskBERT(BertModel.from_pretrained(folder), args.tasks, args.pair_head, args.pooling,
+                                  args.hidden_dropout_prob)
+        if "sst" not in args.tasks:
+            raise InputError("without the task sst there is no sentiment to show")
+        cross = [task for task, head in args.pair_head.items() if head == "cross"]
+        data = load_data(locate(args), folder, model.bert.config, cross, skip_malformed=False)
+
         shown = copy.deepcopy(model)
-    show_perturbations(shown, load_tokenizer(folder), "A quiet, clever film that never quite finds its ending.")
+        if not run:  # a sentiment head on the untrained encoder, from what it makes of the training sentences
+            rows = np.arange(min(500, len(data["sst"]["train"])))
+            with torch.no_grad():
+                encoded = [(shown.eval()(b.input_ids, b.attention_mask), b.labels)
+                           for b in evaluation_batches(data["sst"]["train"], rows)]
+            pooled, labels = map(torch.cat, zip(*encoded))
+            head = shown.heads["sst"]
+            optimizer = AdamW(head.parameters(), lr=1e-2)
+            for _ in range(300):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(head(pooled), labels.long()).backward()
+                optimizer.step()
+        ids = torch.tensor([load_tokenizer(folder).encode(SENTENCE).ids])
+        print(SENTENCE, end=" ")
+        show_perturbations(shown, Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), None, np.zeros(1)))
 
-    generator = np.random.default_rng(0)
-    batches = [[(task, collate(data[task]["train"], generator.permutation(len(data[task]["train"]))[:args.batch_size[task]]))
-                for task in args.tasks] for _ in range(5)]
-    bert.word_embedding.sparse = True  # as in training
-    median = step_times(model.train(), batches)
-    print(f"\na training step of {args.batch_size} rows, over the plain one: "
-          + ", ".join(f"{name} {value / median['plain']:.2f}" for name, value in median.items() if name != "plain"))
+        generator = np.random.default_rng(0)
+        steps = [[(task, collate(data[task]["train"],
+                                 generator.permutation(len(data[task]["train"]))[:args.batch_size[task]]))
+                  for task in args.tasks] for _ in range(5)]
+        model.to(args.device).train().bert.word_embedding.sparse = True  # as in training
+        median = step_times(model, AdamW(model.parameters(), lr=1e-5),
+                            GradientBuffer(model.shared_parameters(), {t: h.parameters() for t, h in model.heads.items()}),
+                            {task: TASKS[task].kind for task in args.tasks}, steps)
+        print(f"\na training step of {args.batch_size} rows, over a plain one: "
+              + ", ".join(f"{name} {seconds / median['plain']:.2f}" for name, seconds in median.items() if name != "plain"))
+
+    sys.exit(exit_status(main, sys.argv[1:]))
