@@ -1,4 +1,4 @@
-"""Multi-head self-attention on packed tokens (Vaswani et al. 2017, section 3.2).
+"""Multi-head self-attention on packed tokens (Vaswani et al. 2017, section 3.2), and projected attention layers.
 
 A batch of sentences padded to the longest is mostly padding: random batches of 32 cross-encoded STS pairs are 41 % text.
 So the encoder drops the padding, orders the sequences by length, and lays their real tokens end to end; every linear
@@ -104,18 +104,46 @@ class BertSelfAttention(nn.Module):
     compute the same.
     """
 
-    def __init__(self, config):
+    def __init__(self, hidden_size, num_attention_heads):
         super().__init__()
-        self.num_attention_heads = config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.num_attention_heads = num_attention_heads
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states, packing):
         qkv = [layer(hidden_states).unflatten(-1, (self.num_attention_heads, -1))  # (T, A, D)
                for layer in (self.query, self.key, self.value)]
         attend = flash_attention if has_flash(qkv[0]) else grouped_attention
         return attend(*qkv, packing).flatten(1)
+
+
+class ProjectedAttention(nn.Module):
+    """What one task adds to the feed-forward network of every encoder layer (Stickland & Murray 2019, section 3.1):
+
+        TS(h) = V_D g(V_E h)
+
+    with V_E from H down to `size` numbers and V_D back, both shared by all layers. g: "attention", self-attention of its
+    own in each layer, without an output matrix; or "identity", which leaves one low-rank map (report 4, and a baseline of
+    the paper). V_D starts at zero, so that the pretrained encoder is what training starts from. The authors' code has a
+    GELU after V_D that the equation has not; it is not here.
+    """
+
+    def __init__(self, hidden_size, size, num_attention_heads, num_layers, g="attention"):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(hidden_size, size), nn.Linear(size, hidden_size)
+        self.attentions = nn.ModuleList(BertSelfAttention(size, num_attention_heads)
+                                        for _ in range(num_layers if g == "attention" else 0))
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.decode.weight)
+
+    def forward(self, layer, hidden_states, packing):  # number of the layer, (T, H) -> (T, H)
+        projected = self.encode(hidden_states)
+        if self.attentions:
+            projected = self.attentions[layer](projected, packing)
+        return self.decode(projected)
 
 
 if __name__ == "__main__":

@@ -85,12 +85,15 @@ class BertConfig:
 
 
 class BertLayer(nn.Module):
-    """Self-attention, then a feed-forward network, each added to its input and normalised (post-norm). (T, H) -> (T, H)."""
+    """Self-attention, then a feed-forward network, each added to its input and normalised (post-norm). (T, H) -> (T, H).
+
+    added: (T, H), what an adapter adds beside the feed-forward network.
+    """
 
     def __init__(self, config):
         super().__init__()
         H, eps = config.hidden_size, config.layer_norm_eps
-        self.self_attention = BertSelfAttention(config)
+        self.self_attention = BertSelfAttention(H, config.num_attention_heads)
         self.attention_dense = nn.Linear(H, H)
         self.attention_dropout = nn.Dropout(config.hidden_dropout_prob)
         self.attention_layer_norm = nn.LayerNorm(H, eps=eps)
@@ -99,10 +102,12 @@ class BertLayer(nn.Module):
         self.out_dropout = nn.Dropout(config.hidden_dropout_prob)
         self.out_layer_norm = nn.LayerNorm(H, eps=eps)
 
-    def forward(self, hidden_states, packing):
+    def forward(self, hidden_states, packing, added=None):
         attention = self.attention_dropout(self.attention_dense(self.self_attention(hidden_states, packing)))
         hidden_states = self.attention_layer_norm(hidden_states + attention)
         feed_forward = self.out_dropout(self.out_dense(F.gelu(self.interm_dense(hidden_states))))  # exact (erf) GELU
+        if added is not None:
+            feed_forward = feed_forward + added
         return self.out_layer_norm(hidden_states + feed_forward)
 
 
@@ -138,10 +143,11 @@ class BertModel(nn.Module):
                       + self.tk_type_embedding(token_type_ids))
         return self.embed_dropout(self.embed_layer_norm(embeddings))
 
-    def encode_packed(self, hidden_states, packing):
-        """The layers, on real tokens only. (T, H) -> (T, H)."""
-        for layer in self.bert_layers:
-            hidden_states = layer(hidden_states, packing)
+    def encode_packed(self, hidden_states, packing, adapter=None):
+        """The layers, on real tokens only. (T, H) -> (T, H). adapter: a ProjectedAttention."""
+        for i, layer in enumerate(self.bert_layers):
+            added = None if adapter is None else adapter(i, hidden_states, packing)
+            hidden_states = layer(hidden_states, packing, added)
         return hidden_states
 
     def encode(self, hidden_states, attention_mask):

@@ -1,9 +1,11 @@
 """What the training scripts share: a run's folder (args.json, metrics.jsonl, curves), device and processes, types of flags.
 
-    python checkpoint.py RUN       draw RUN/curves.png again from RUN/metrics.jsonl
+    python checkpoint.py RUN                            draw RUN/curves.png again from RUN/metrics.jsonl
+    python checkpoint.py RUN RUN ... --out study.png    best dev scores against --limit, a line for each set of other flags
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -65,13 +67,14 @@ def plot_curves(folder):
     measured = [line for line in steps if "gradients" in line]
     figure = Figure(figsize=(15 if measured else 10, 4), layout="constrained")
     losses, scores, *gradients = figure.subplots(1, 3 if measured else 2)
-    tasks = list(dict.fromkeys(task for line in steps for task in line["losses"]))
-    for color, task in zip(TABLEAU_COLORS, tasks):
+    for color, task in zip(itertools.cycle(TABLEAU_COLORS), evaluations[0]["train"]):
         points = [(line["step"], line["losses"][task]) for line in steps if task in line["losses"]]
-        losses.plot(*zip(*points), color=color, label=task)
+        if points:  # a task may be scored alone
+            losses.plot(*zip(*points), color=color, label=task)
         for split, style in (("dev", "o-"), ("train", "--")):
-            points = [(line["epoch"], line[split][task]) for line in evaluations]
-            scores.plot(*zip(*points), style, ms=3, color=color, label=f"{task} {split}")
+            points = [(line["epoch"], line[split][task]) for line in evaluations if task in line[split]]
+            if points:  # an auxiliary task has no dev set
+                scores.plot(*zip(*points), style, ms=3, color=color, label=f"{task} {split}")
     losses.set(xlabel="step", ylabel="loss (mean since the last point)", title="training loss")
     scores.set(xlabel="epoch", ylabel="accuracy; Pearson r for sts", title="scores")
     scores.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -86,6 +89,38 @@ def plot_curves(folder):
         axes.grid(alpha=0.3)
         axes.legend()
     write_whole(Path(folder) / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+
+
+def plot_study(folders, path):
+    """The best dev scores of several runs against the share of a task's rows that they were trained on (--limit); the runs
+    that agree in all other flags make a line. Raises InputError where the runs differ in no --limit, or in several."""
+    try:
+        flags = {folder: json.loads((folder / "args.json").read_text(encoding="utf-8")) for folder in folders}
+        best = {folder: max(read_metrics(folder, "evaluation"), key=lambda line: sum(line["dev"].values()))
+                for folder in folders}
+    except (OSError, ValueError) as error:
+        raise InputError(f"not a finished run ({error})") from None
+    limits = {folder: args["limit"] or {} for folder, args in flags.items()}
+    limited = [task for task in best[folders[0]]["dev"] if len({limit.get(task, 1.0) for limit in limits.values()}) > 1]
+    if len(limited) != 1:
+        raise InputError(f"the runs differ in --limit of {', '.join(limited) or 'no task'}, and one is wanted")
+    task, = limited
+    others = [name for name in flags[folders[0]] if name not in ("limit", "name")
+              and len({json.dumps(args.get(name)) for args in flags.values()}) > 1]
+    lines = {}
+    for folder, args in flags.items():
+        label = ", ".join(f"{name} {args[name]}" for name in others)
+        lines.setdefault(label, []).append((limits[folder].get(task, 1.0), best[folder]["dev"]))
+    scored = list(best[folders[0]]["dev"])
+    figure = Figure(figsize=(4 * len(scored), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(scored), squeeze=False)[0], scored):
+        for label, points in lines.items():
+            axes.plot(*zip(*sorted((share, dev[name]) for share, dev in points)), "o-", label=label)
+        axes.set(xlabel=f"share of the {task} rows", ylabel="best dev score", title=name)
+        axes.grid(alpha=0.3)
+    if others:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize="small")
+    write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
 
 
 def plot_losses(folder):
@@ -161,7 +196,8 @@ class Meter:
 
     def clear(self):
         self.sums = {name: torch.zeros((), device=self.device) for name in self.names}
-        self.rows, self.tokens, self.start = dict.fromkeys(self.names, 0), 0, time.perf_counter()
+        self.rows, self.tokens, self.steps = dict.fromkeys(self.names, 0), 0, 0
+        self.start = time.perf_counter()
 
     def add(self, name, mean, rows, tokens=0):
         self.sums[name] += mean.detach() * rows
@@ -169,12 +205,13 @@ class Meter:
         self.tokens += tokens
 
     def read(self):
-        """({name: mean over the rows} of what was added, tokens a second), and start anew."""
+        """({name: mean over the rows} of what was added, {"tokens_per_second", "steps_per_second"}), and start anew."""
         counts = torch.tensor([*self.rows.values(), self.tokens], dtype=torch.float32, device=self.device)
         *numbers, tokens = sum_over_processes(torch.cat([torch.stack([*self.sums.values()]), counts])).tolist()
         sums, rows = numbers[:len(self.names)], numbers[len(self.names):]
         means = {name: total / n for name, total, n in zip(self.names, sums, rows) if n}
-        speed = tokens / (time.perf_counter() - self.start)
+        seconds = time.perf_counter() - self.start
+        speed = {"tokens_per_second": round(tokens / seconds), "steps_per_second": round(self.steps / seconds, 3)}
         self.clear()
         return means, speed
 
@@ -193,7 +230,9 @@ def exit_status(main, argv=None):
     except RuntimeError as error:
         if not isinstance(error, distributed.DistBackendError) and "gloo" not in str(error):
             raise
-        status, message = 1, f"lost touch with another process of this run ({str(error).splitlines()[0]})"
+        print(f"{Path(sys.argv[0]).name}: lost touch with another process of this run ({str(error).splitlines()[0]})",
+              file=sys.stderr, flush=True)
+        os._exit(1)  # the interpreter's own way out would meet gloo's waiting threads, and may abort there
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         return status
@@ -296,11 +335,22 @@ def for_each(value, tasks, flag):
     return {name: value[name] for name in tasks}
 
 
+def main(argv=None):
+    parser = Parser(description="Draw a run's curves.png from its metrics.jsonl, or compare runs of several --limit.")
+    parser.add_argument("run", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=None, help="of several runs: the picture to write")
+    args = parser.parse_args(argv)
+    for folder in args.run:
+        if not (folder / "metrics.jsonl").is_file():
+            raise InputError(f"{folder}: no metrics.jsonl there")
+    if len(args.run) > 1 and not args.out:
+        raise InputError("several runs: give --out PICTURE")
+    if args.out:
+        plot_study(args.run, args.out)
+    else:
+        plot_curves(args.run[0])
+    print(args.out or args.run[0] / "curves.png")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw a run's curves.png from its metrics.jsonl.")
-    parser.add_argument("run", type=Path)
-    folder = parser.parse_args().run
-    if not (folder / "metrics.jsonl").is_file():
-        parser.error(f"{folder}: no metrics.jsonl there")
-    plot_curves(folder)
-    print(folder / "curves.png")
+    sys.exit(exit_status(main))

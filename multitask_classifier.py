@@ -5,7 +5,7 @@
 
 A run leaves runs/NAME/ with the best encoder and heads, metrics.jsonl, curves.png, and the predictions in the course's
 submission format. Each system of the five reports is a combination of these axes: schedule (data/batches.py), heads and
-losses (here), gradient surgery (pcgrad.py), regularisers (smart.py).
+losses (here), projected attention layers (attention.py), gradient surgery (pcgrad.py), regularisers (smart.py).
 
 Dimensions: B rows in a batch, S sequences (B, or 2B where pairs are encoded apart), L tokens in the longest,
 H hidden size, C outputs of a task.
@@ -17,25 +17,26 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from scipy.stats import pearsonr
 from torch import distributed, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from attention import to_device
+from attention import ProjectedAttention, to_device
 from bert import BertModel
 from checkpoint import (Meter, Parser, Run, RunFailed, autocast, exit_status, for_each, get_device, join_processes,
-                        mean_of, names, number, one_of, per_task, plot_curves, rank_and_world, settings,
-                        sum_over_processes)
-from data.batches import SCHEDULES, Schedule, collate, evaluation_batches, seed_of
+                        mean_of, named_values, names, number, one_of, per_task, plot_curves, rank_and_world, settings)
+from data.batches import ONE_TASK_A_STEP, SCHEDULES, Schedule, collate, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, write_whole
-from data.tasks import TASKS, load_data, locate, task_names
+from data.tasks import TASKS, auxiliary, load_data, locate, task_names
+from evaluation import (decide, describe, describe_confusion, evaluate, predict, selection, write_errors,
+                        write_predictions)
 from optimizer import AdamW, learning_rate, parameter_groups
 from pcgrad import GradientBuffer, diagnostics
 from smart import Proximal, Smoothness
@@ -43,7 +44,7 @@ from smart import Proximal, Smoothness
 HERE = Path(__file__).resolve().parent
 PAIR_HEADS = ("cross", "uv", "uv_diff", "cosine")
 DEFAULT_BATCH_SIZE = {"sst": 16, "para": 32, "sts": 12, "cfimdb": 8}
-TRAIN_SAMPLE = 2000  # rows a task of the train score: a full pass would cost more than a short run
+SST_LOSSES = {"ce": None, "oll1": 1.0, "oll1.5": 1.5, "oll2": 2.0}  # ordinal log loss: its alpha
 LOG_EVERY = 10  # steps between two step lines of metrics.jsonl
 
 
@@ -82,8 +83,22 @@ class Head(nn.Module):
         return self.linear(self.dropout(torch.cat(features, dim=-1)))
 
 
-def task_loss(task, logits, labels):
-    """The mean over the batch. (B, C) logits, (B,) labels."""
+def ordinal_log_loss(logits, labels, alpha):
+    """-sum_i |y - i|^alpha log(1 - p_i), the mean over the batch (Castagnos et al. 2022, equation 4). (B, C), (B,).
+
+    log(1 - p_i) is the log-sum-exp of the other classes' logits less that of all, which stays finite where p_i rounds to 1.
+    """
+    C = logits.size(-1)
+    others = logits.unsqueeze(1).masked_fill(torch.eye(C, dtype=torch.bool, device=logits.device), -math.inf)  # (B, C, C)
+    log_not = others.logsumexp(dim=-1) - logits.logsumexp(dim=-1, keepdim=True)  # (B, C)
+    distance = (labels.unsqueeze(1) - torch.arange(C, device=logits.device)).abs()  # (B, C)
+    return -(distance ** alpha * log_not).sum(dim=-1).mean()
+
+
+def task_loss(task, logits, labels, alpha=None):
+    """The mean over the batch. (B, C) logits, (B,) labels. alpha: of the ordinal log loss, in place of cross entropy."""
+    if alpha is not None:
+        return ordinal_log_loss(logits, labels, alpha)
     if task.kind == "classes":
         return F.cross_entropy(logits, labels.long())
     if task.kind == "binary":
@@ -94,19 +109,25 @@ def task_loss(task, logits, labels):
 class MultitaskBERT(nn.Module):
     """One BERT encoder and a head for each task.
 
-    tasks: names in TASKS. pair_head: {pair task: one of PAIR_HEADS}. pooling: "cls" (pooler_output) or "mean" (over real
+    tasks: {name: Task}. pair_head: {pair task: one of PAIR_HEADS}. pooling: "cls" (pooler_output) or "mean" (over real
     tokens). option: "finetune", or "pretrain" for a frozen encoder, which then runs without dropout. amp: the encoder in
-    bfloat16 autocast; heads and losses stay in float32.
+    bfloat16 autocast; heads and losses stay in float32. sst_loss: one of SST_LOSSES. pal: {"g", "size"} of a
+    ProjectedAttention for each task, or None.
     """
 
-    def __init__(self, bert, tasks, pair_head, pooling, hidden_dropout_prob, option="finetune", amp=False):
+    def __init__(self, bert, tasks, pair_head, pooling, hidden_dropout_prob, option="finetune", amp=False, sst_loss="ce",
+                 pal=None):
         super().__init__()
-        self.bert, self.pooling, self.pair_head, self.amp = bert, pooling, pair_head, amp
-        self.frozen = option == "pretrain"
+        config = bert.config
+        self.bert, self.tasks, self.pooling, self.pair_head, self.amp = bert, tasks, pooling, pair_head, amp
+        self.frozen, self.alpha = option == "pretrain", {"sst": SST_LOSSES[sst_loss]}
         bert.requires_grad_(not self.frozen)
         self.heads = nn.ModuleDict({
-            name: Head(TASKS[name], pair_head.get(name, "single"), bert.config.hidden_size, hidden_dropout_prob)
-            for name in tasks})
+            name: Head(task, pair_head.get(name, "single"), config.hidden_size, hidden_dropout_prob)
+            for name, task in tasks.items()})
+        self.pal = nn.ModuleDict({
+            name: ProjectedAttention(config.hidden_size, num_attention_heads=config.num_attention_heads,
+                                     num_layers=config.num_hidden_layers, **pal) for name in (tasks if pal else ())})
 
     def train(self, mode=True):
         super().train(mode)
@@ -122,98 +143,80 @@ class MultitaskBERT(nn.Module):
         return [p for name, p in self.bert.named_parameters()
                 if p.requires_grad and (self.pooling == "cls" or not name.startswith("pooler_dense."))]
 
-    def forward(self, input_ids, attention_mask, token_type_ids=None, perturbation=None):
-        """Padded sequences (S, L) -> pooled (S, H). perturbation: (S, L, H), added to the embeddings."""
+    def own_parameters(self, task):
+        """Those that this task alone reaches: its head's, and its projected attention layers'."""
+        return [p for modules in (self.heads, self.pal) if task in modules for p in modules[task].parameters()]
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None, perturbation=None, adapter=None):
+        """Padded sequences (S, L) -> pooled (S, H). perturbation: (S, L, H), added to the embeddings. adapter: a
+        ProjectedAttention."""
         with autocast(self.device, self.amp):
             input_ids, token_type_ids, packing = self.bert.pack(input_ids, attention_mask, token_type_ids)
             hidden_states = self.bert.embed(input_ids, token_type_ids, packing.positions)
             if perturbation is not None:
                 hidden_states = hidden_states + packing.pack(perturbation)
-            hidden_states = self.bert.encode_packed(hidden_states, packing)
+            hidden_states = self.bert.encode_packed(hidden_states, packing, adapter)
             pooled = (self.bert.pool(packing.first(hidden_states)) if self.pooling == "cls"
                       else packing.mean(hidden_states))
         return pooled.float() if self.amp else pooled  # not without amp: a model in float64 stays in float64
 
     def logits(self, task, batch, perturbation=None):  # -> (B, C)
-        return self.heads[task](self(batch.input_ids, batch.attention_mask, batch.token_type_ids, perturbation))
+        adapter = self.pal[task] if task in self.pal else None
+        return self.heads[task](self(batch.input_ids, batch.attention_mask, batch.token_type_ids, perturbation, adapter))
 
     def loss(self, task, batch, logits=None):
         logits = self.logits(task, batch) if logits is None else logits
-        return task_loss(TASKS[task], logits, to_device(batch.labels, self.device))
+        return task_loss(self.tasks[task], logits, to_device(batch.labels, self.device), self.alpha.get(task))
+
+    def own_state(self):
+        """What is not the encoder's: {"heads.sst.linear.weight": ..., "pal.sst.encode.weight": ...}."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("bert.")}
 
     def save(self, folder, encoder_folder):
-        """The encoder in the published layout with its vocabulary, and the heads beside it."""
+        """The encoder in the published layout with its vocabulary, and heads and projected attention layers beside it."""
         self.bert.save_pretrained(folder, encoder_folder)
-        write_whole(folder / "heads.safetensors", lambda path: save_file(self.heads.state_dict(), path))
+        write_whole(folder / "heads.safetensors", lambda path: save_file(self.own_state(), path))
+
+    def take_over(self, folder):
+        """The heads, and the projected attention layers, of an earlier run, where both have them. Raises InputError."""
+        args, tensors = read_run(folder)
+        own, new = self.own_state(), []
+        for prefix in (f"{kind}.{task}." for kind in ("heads", "pal") for task in self.tasks):
+            ours = {name: tensor.shape for name, tensor in own.items() if name.startswith(prefix)}
+            theirs = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
+            if ours and not theirs:
+                new.append(prefix[:-1])
+            elif ours != theirs:
+                raise InputError(f"--init_from {folder}: its {prefix[:-1]} is of another shape ({args['pair_head']}, "
+                                 f"--pal {args['pal']})")
+        self.load_state_dict({name: tensor for name, tensor in tensors.items() if name in own}, strict=False)
+        print(f"{folder}: its heads are taken over" + (f"; new are {', '.join(new)}" if new else ""))
 
     @classmethod
     def load(cls, folder):
         """The model of a run, its best epoch. Raises InputError where the folder is not a run's."""
-        folder = Path(folder)
+        args, tensors = read_run(folder)
         try:
-            args = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-            model = cls(BertModel.from_pretrained(folder), args["tasks"], args["pair_head"], args["pooling"],
-                        args["hidden_dropout_prob"], args["option"], args["amp"])
-            model.heads.load_state_dict(load_file(folder / "heads.safetensors"))
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            tasks = {name: TASKS.get(name) or replace(auxiliary(name), top=len(tensors[f"heads.{name}.linear.bias"]) - 1)
+                     for name in [*args["trained"], *args["score_also"]]}
+            model = cls(BertModel.from_pretrained(folder), tasks, args["pair_head"], args["pooling"],
+                        args["hidden_dropout_prob"], args["option"], args["amp"], args["sst_loss"], args["pal"])
+            own = {name for name in model.state_dict() if not name.startswith("bert.")}
+            if own != tensors.keys():
+                raise ValueError(f"heads.safetensors has other tensors than its flags ask for: {sorted(own ^ tensors.keys())}")
+            model.load_state_dict(tensors, strict=False)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})") from error
         return model.eval()
 
 
-# ---------------------------------------------------------------- evaluation
-
-@torch.no_grad()
-def predict(model, task, examples, rows=None):
-    """Predictions in the order of `rows` (all, if None): class, 0/1, or similarity. Leaves train or eval mode as it was."""
-    rows = np.arange(len(examples)) if rows is None else rows
-    rank, world = rank_and_world()
-    training = model.training
-    model.eval()
-    predictions = torch.zeros(len(examples), device=model.device)
-    for batch in evaluation_batches(examples, rows[rank::world]):
-        logits = model.logits(task, batch)  # (B, C)
-        kind = TASKS[task].kind
-        decided = (logits.argmax(dim=-1) if kind == "classes" else logits.squeeze(-1) > 0 if kind == "binary"
-                   else logits.squeeze(-1))
-        predictions[torch.from_numpy(batch.rows).to(model.device)] = decided.float()
-    model.train(training)
-    return sum_over_processes(predictions).cpu().numpy()[rows]
-
-
-def score(task, predictions, labels):
-    """Accuracy, or for similarity Pearson's r over the whole split; constant predictions count 0."""
-    if TASKS[task].kind != "similarity":
-        return float((predictions == labels).mean())
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        print(f"{task}: constant predictions or labels have no correlation; counted as 0")
-        return 0.0
-    return float(pearsonr(predictions, labels)[0])
-
-
-def overall(scores):
-    """The reports' two overall scores where the three tasks are there: the mean (2023), and with (r + 1) / 2 (2024)."""
-    if not {"sst", "para", "sts"} <= scores.keys():
-        return {}
-    sst, para, sts = scores["sst"], scores["para"], scores["sts"]
-    return {"overall_2023": (sst + para + sts) / 3, "overall_2024": (sst + para + (sts + 1) / 2) / 3}
-
-
-def evaluate(model, data, seed):
-    """{"dev": {task: score}, "train": {task: score on a seeded sample}, the overall scores of dev}."""
-    scores = {"dev": {}, "train": {}}
-    for task, splits in data.items():
-        size = len(splits["train"])
-        sample = np.random.default_rng(seed_of(seed, "sample", task)).permutation(size)[:TRAIN_SAMPLE]
-        for split, rows in (("train", sample), ("dev", np.arange(len(splits["dev"])))):
-            scores[split][task] = score(task, predict(model, task, splits[split], rows), splits[split].labels[rows])
-    return {**scores, **overall(scores["dev"])}
-
-
-def write_predictions(path, task, examples, predictions):
-    """The course's submission format: a heading, then `id , prediction` a row."""
-    values = predictions.astype(int) if TASKS[task].kind == "classes" else predictions
-    lines = [f"id \t {TASKS[task].heading} \n"] + [f"{i} , {value} \n" for i, value in zip(examples.ids, values)]
-    write_whole(path, lambda part: part.write_text("".join(lines), encoding="utf-8"))
+def read_run(folder):
+    """(flags, tensors of heads.safetensors) of a run. Raises InputError where the folder is not a run's."""
+    try:
+        args = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
+        return args, load_file(Path(folder) / "heads.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})") from error
 
 
 # ---------------------------------------------------------------- training
@@ -224,20 +227,22 @@ def train(args, model, data, run, encoder_folder):
     run: where to write, None on every process but the first. Raises RunFailed where a loss is not finite.
     """
     rank, world = rank_and_world()
-    sizes = {task: len(splits["train"]) for task, splits in data.items()}
-    schedule = Schedule(args.schedule, sizes, args.batch_size, args.epoch_length, args.seed)
-    shared, trainable = model.shared_parameters(), [p for p in model.parameters() if p.requires_grad]
-    gradients = GradientBuffer(shared, {task: head.parameters() for task, head in model.heads.items()}, args.surgery,
-                               args.gradient_rows, args.surgery_scope)
+    sizes = {task: len(data[task]["train"]) for task in args.trained}
+    schedule = Schedule(args.schedule, sizes, args.batch_size, args.epoch_length, args.seed, args.epochs, args.upsample)
+    shared, own = model.shared_parameters(), {task: model.own_parameters(task) for task in args.trained}
+    gradients = GradientBuffer(shared, own, args.surgery, args.gradient_rows, args.surgery_scope)
     row_names = ["+".join(group) for group in gradients.groups]
-    kinds = {task: TASKS[task].kind for task in data}
+    kinds = {task: model.tasks[task].kind for task in args.trained}
     smart = Smoothness({task: kinds[task] for task in args.smart_tasks}, **args.smart) if args.smart else None
     proximal = Proximal(model, kinds, **args.proximal) if args.proximal else None
     regularisers = {name: term for name, term in (("smart", smart), ("proximal", proximal)) if term}
-    logged_means = [*data, *(f"{task} {name}" for name, term in regularisers.items() for task in term.kinds)]
+    logged_means = [*sizes, *(f"{task} {name}" for name, term in regularisers.items() for task in term.kinds)]
     # the word embedding's gradient then touches, in J, only the rows of words that occur; MPS has no sparse tensors
     model.bert.word_embedding.sparse = args.device != "mps"
-    optimizer = AdamW(parameter_groups(trainable, args.weight_decay), lr=args.lr)
+    optimizers = {}
+    for group in [[task] for task in own] if args.optimizer_per_task else [list(own)]:
+        parameters = [*shared, *(p for task in group for p in own[task])]
+        optimizers |= dict.fromkeys(group, AdamW(parameter_groups(parameters, args.weight_decay), lr=args.lr))
     updates = args.epochs * math.ceil(schedule.steps_per_epoch / args.accumulate)
     best, update = None, 0
     for epoch in range(args.epochs):
@@ -263,12 +268,14 @@ def train(args, model, data, run, encoder_folder):
                             loss = loss + term
                     loss = loss * (len(own) / len(rows))
                 gradients.backward(task, loss, [name for name, _ in batches[i + 1:]] if closing else None)
+            measured.steps += 1
             if closing:
+                optimizer = optimizers[batches[-1][0]]
                 gradients.combine(seed_of(args.seed, epoch, step, "order of the projections"))
                 if gradients.gram is not None:
                     diagnosed.append(diagnostics(gradients.gram, row_names))
                 if args.clip:
-                    nn.utils.clip_grad_norm_(trainable, args.clip)
+                    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], args.clip)
                 update += 1
                 for group in optimizer.param_groups:  # the + 1: neither the first nor the last step has rate 0
                     group["lr"] = learning_rate(args.lr, update / (updates + 1), args.warmup, args.lr_schedule)
@@ -283,19 +290,19 @@ def train(args, model, data, run, encoder_folder):
                     if not math.isfinite(mean):
                         raise RunFailed(f"the loss of {name} is {mean} around step {step} of epoch {epoch + 1}; "
                                         "try a lower --lr, or --clip 1")
-                losses = {task: means[task] for task in data if task in means}
+                losses = {task: means[task] for task in sizes if task in means}
                 shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
-                bar.set_postfix_str(f"{shown}, {speed:.0f} tokens/s")
+                bar.set_postfix_str(f"{shown}, {speed['tokens_per_second']} tokens/s")
                 if run:
                     others = {"regularisers": {name: mean for name, mean in means.items() if name not in losses},
                               "gradients": mean_of(diagnosed[logged:])}
                     run.log("step", epoch=epoch + 1, step=epoch * schedule.steps_per_epoch + step, losses=losses,
-                            lr=optimizer.param_groups[0]["lr"], tokens_per_second=round(speed),
+                            lr=optimizer.param_groups[0]["lr"], **speed,
                             **{name: values for name, values in others.items() if values})
                     logged = len(diagnosed)
 
         scores = evaluate(model, data, args.seed)
-        improved = best is None or selection(scores) > selection(best)
+        improved = best is None or selection(scores, args.trained) > selection(best, args.trained)
         best = {"epoch": epoch + 1, **scores} if improved else best
         saved = "  best so far, saved" if improved else ""
         print(f"epoch {epoch + 1}/{args.epochs}  {describe(scores)}{saved}", flush=True)
@@ -305,24 +312,13 @@ def train(args, model, data, run, encoder_folder):
             run.log("evaluation", epoch=epoch + 1, step=(epoch + 1) * schedule.steps_per_epoch, **scores)
             if improved:
                 model.save(run.folder, encoder_folder)
-            last = {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            last = {"epoch": epoch + 1, "model": model.state_dict(), "optimizers": {task: optimizer.state_dict() for task, optimizer in optimizers.items()},
                     "gradvac_targets": gradients.targets}
             if proximal:
                 last["teacher"] = proximal.teacher.state_dict()
             write_whole(run.folder / "last.pt", lambda path: torch.save(last, path))
             plot_curves(run.folder)
     return best
-
-
-def selection(scores):
-    """What the best epoch is chosen by: the mean of the dev scores, which is overall_2023 for the three tasks."""
-    return sum(scores["dev"].values()) / len(scores["dev"])
-
-
-def describe(scores):
-    tasks = [f"{task} {dev:.3f} (train {scores['train'][task]:.3f})" for task, dev in scores["dev"].items()]
-    means = [f"{name} {value:.3f}" for name, value in overall(scores["dev"]).items()]
-    return "  ".join(["dev", *tasks, *means])
 
 
 def describe_gradients(mean):
@@ -338,7 +334,8 @@ def get_parser():
     group = parser.add_argument_group("model")
     group.add_argument("--option", choices=("pretrain", "finetune"), default="pretrain",
                        help="pretrain: the encoder is frozen, only the heads learn; finetune: everything learns")
-    group.add_argument("--model", default=DEFAULT_ENCODER, help="BERT folder, or name on the Hugging Face hub")
+    group.add_argument("--model", default=None, help="BERT folder, or name on the Hugging Face hub (default: "
+                       f"{DEFAULT_ENCODER}, or that of --init_from)")
     group.add_argument("--pooling", choices=("cls", "mean"), default="mean",
                        help="what a sequence becomes: BERT's pooled [CLS], or the mean of its tokens' last states")
     group.add_argument("--pair_head", type=per_task(str), default=None, metavar="|".join(PAIR_HEADS),
@@ -346,11 +343,28 @@ def get_parser():
                             "(default: cosine for finetune, cross for pretrain)")
     group.add_argument("--hidden_dropout_prob", type=number(float, 0, 1), default=0.3,
                        help="dropout of the heads; the encoder's is in its config.json")
+    group.add_argument("--sst_loss", choices=SST_LOSSES, default="ce",
+                       help="cross entropy, or ordinal log loss with an exponent of 1, 1.5 or 2 (Castagnos et al. 2022)")
+    group.add_argument("--pal", nargs="?", const="", metavar="NAME=VALUE,...", type=settings(
+        g=(one_of("attention", "identity"), "attention"), size=(number(int, 1), 204)),
+                       help="projected attention layers for each task (Stickland & Murray 2019): g=attention,size=204; "
+                            "g=identity for a low-rank map alone")
+    group.add_argument("--init_from", type=Path, default=None, metavar="RUN",
+                       help="take over encoder and heads of an earlier run; with --model the heads alone")
     group = parser.add_argument_group("training")
     group.add_argument("--tasks", default="sst,para,sts", help=f"those to train, of {','.join(TASKS)}, in this order")
+    group.add_argument("--aux", type=named_values, default={}, metavar="NAME=FILE,...",
+                       help="further tasks to train: classes of sentences, in a file like sst's; they count in no score")
+    group.add_argument("--score_also", default=None, metavar="TASKS",
+                       help="tasks that get a head and scores, and no training: how far does sst alone carry?")
+    group.add_argument("--limit", type=per_task(number(float, 0)), default=None, metavar="para=0.25",
+                       help="train on this share of a task's rows (of each task, with one number)")
     group.add_argument("--schedule", choices=SCHEDULES, default="round_robin",
-                       help="sequential: task after task; round_robin: a batch of each task a step; mixed: the same "
-                            "with batch sizes in proportion to the sets")
+                       help="round_robin: a batch of each task a step; mixed: the same with batch sizes in proportion to "
+                            "the sets. With one batch of one task a step: sequential: task after task; mtdnn: all batches "
+                            "shuffled; annealed: tasks drawn, the large ones ever less often")
+    group.add_argument("--upsample", action="store_true",
+                       help="with --schedule mtdnn: repeat the small sets until they are as large as the largest")
     group.add_argument("--epochs", type=number(int, 1), default=10, help="number of epochs")
     group.add_argument("--epoch_length", default="longest", metavar="longest|shortest|STEPS",
                        help="the set that ends an epoch, or a number of steps")
@@ -367,6 +381,8 @@ def get_parser():
                        help="share of the steps in which the rate rises from 0")
     group.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="of weights; biases and norms have none")
     group.add_argument("--clip", type=number(float, 0), default=1.0, help="largest global gradient norm; 0: no clipping")
+    group.add_argument("--optimizer_per_task", action="store_true",
+                       help="AdamW moments of its own for each task; where a step has one task")
     group.add_argument("--seed", type=number(int, 0, 2 ** 63), default=11711, help="of everything random")
     group = parser.add_argument_group("gradient surgery")
     group.add_argument("--pcgrad", nargs="?", const=True, metavar="GROUPS",
@@ -409,10 +425,34 @@ def resolve(argv):
     """The flags, checked against each other, with every default filled in. Raises InputError."""
     args = get_parser().parse_args(argv)
     args.tasks = task_names(args.tasks)
+    args.score_also = task_names(args.score_also, "--score_also") if args.score_also is not None else []
+    args.trained = [*args.tasks, *args.aux]
+    for name in args.score_also:
+        if name in args.tasks:
+            raise InputError(f"argument --score_also: {name} is among --tasks, which are scored anyway")
+    for name in args.aux:
+        if name in TASKS or not name.isidentifier():
+            raise InputError(f"argument --aux: {name!r} is {'a task already' if name in TASKS else 'no plain name'}; "
+                             "choose another")
+    args.model = args.model or str(args.init_from or DEFAULT_ENCODER)
+    if args.limit is not None:
+        args.limit = args.limit if isinstance(args.limit, dict) else dict.fromkeys(args.trained, args.limit)
+        for name, share in args.limit.items():
+            if name not in args.trained or not 0 < share <= 1:
+                raise InputError(f"argument --limit: {name}={share:g}: not a share above 0 and up to 1 of one of "
+                                 f"{', '.join(args.trained)}")
+    if args.upsample and args.schedule != "mtdnn":
+        raise InputError("--upsample without --schedule mtdnn: round_robin and mixed repeat the small sets anyway, and "
+                         "sequential and annealed take each set as it is")
+    if args.optimizer_per_task and (args.schedule not in ONE_TASK_A_STEP or args.accumulate > 1):
+        raise InputError(f"--optimizer_per_task: needs steps of one task: one of --schedule {', '.join(ONE_TASK_A_STEP)}, "
+                         "and no --accumulate")
 
-    pair_tasks = [name for name in args.tasks if TASKS[name].is_pair]
+    pair_tasks = [name for name in [*args.tasks, *args.score_also] if TASKS[name].is_pair]
     if not pair_tasks and args.pair_head is not None:
         raise InputError(f"argument --pair_head: no pair task among {', '.join(args.tasks)}")
+    if args.sst_loss != "ce" and "sst" not in args.tasks:
+        raise InputError(f"--sst_loss {args.sst_loss}: sst is not among --tasks {','.join(args.tasks)}")
     if args.pair_head is None:
         args.pair_head = "cosine" if args.option == "finetune" else "cross"
     args.pair_head = for_each(args.pair_head, pair_tasks, "--pair_head")
@@ -424,9 +464,10 @@ def resolve(argv):
                              f"encoder is frozen, so there is nothing to train; use another head, or leave {task} out")
 
     if args.batch_size is None:
-        args.batch_size = 20 if args.schedule == "mixed" else {name: DEFAULT_BATCH_SIZE[name] for name in args.tasks}
+        args.batch_size = 20 if args.schedule == "mixed" else {name: DEFAULT_BATCH_SIZE.get(name, 16)
+                                                                          for name in args.trained}
     elif isinstance(args.batch_size, dict) or args.schedule != "mixed":
-        args.batch_size = for_each(args.batch_size, args.tasks, "--batch_size")
+        args.batch_size = for_each(args.batch_size, args.trained, "--batch_size")
     if args.epoch_length not in ("longest", "shortest"):
         try:
             args.epoch_length = number(int, 1)(args.epoch_length)
@@ -462,10 +503,13 @@ def resolve_surgery(args):
     if args.schedule == "sequential":
         raise InputError(f"{flag} with --schedule sequential: one task's batches follow each other, so no two tasks' "
                          "gradients meet; use round_robin or mixed")
-    groups_given = args.tasks if groups is True else groups.split(",")
+    if args.schedule in ONE_TASK_A_STEP and args.accumulate == 1:
+        raise InputError(f"{flag} with --schedule {args.schedule}: a step has one task, so no two tasks' gradients meet; "
+                         "give --accumulate N to let N steps meet")
+    groups_given = args.trained if groups is True else groups.split(",")
     args.gradient_rows = [[name.strip() for name in group.split("+")] for group in groups_given]
-    if sorted(sum(args.gradient_rows, [])) != sorted(args.tasks):
-        raise InputError(f"argument {flag}: {groups!r} does not name each of {', '.join(args.tasks)} once, "
+    if sorted(sum(args.gradient_rows, [])) != sorted(args.trained):
+        raise InputError(f"argument {flag}: {groups!r} does not name each of {', '.join(args.trained)} once, "
                          "as in sst+para,sts")
     if len(args.gradient_rows) < 2:
         raise InputError(f"{flag} with one {'task' if groups is True else 'group'}: there is no second gradient")
@@ -476,10 +520,10 @@ def resolve_smart(args):
     args.smart_tasks = []
     if not args.smart:
         return
-    args.smart_tasks = args.smart.pop("tasks") or args.tasks
+    args.smart_tasks = args.smart.pop("tasks") or args.trained
     for name in args.smart_tasks:
-        if name not in args.tasks:
-            raise InputError(f"argument --smart: tasks: {name!r} is not among --tasks {','.join(args.tasks)}")
+        if name not in args.trained:
+            raise InputError(f"argument --smart: tasks: {name!r} is not among --tasks {','.join(args.trained)}")
     if args.smart["sigma"] == 0:
         raise InputError("argument --smart: sigma: 0; the ascent could not start, since the divergence has no slope there")
     moves = min(args.smart["eps"], args.smart["steps"] * args.smart["step"])
@@ -491,7 +535,7 @@ def resolve_smart(args):
 def output_paths(args, paths):
     """{(task, split): path} of the predictions. Raises InputError where one cannot be written."""
     outputs = {}
-    for task in args.tasks:
+    for task in (*args.tasks, *args.score_also):
         for split in ("dev", "test"):
             given = getattr(args, f"{task}_{split}_out")
             if split in paths[task]:
@@ -526,9 +570,20 @@ def train_and_predict(args, rank):
     torch.manual_seed(args.seed)  # for the new heads
     bert = BertModel.from_pretrained(encoder_folder)
     cross = [task for task, head in args.pair_head.items() if head == "cross"]
+    if args.pal and args.pal["g"] == "attention" and args.pal["size"] % bert.config.num_attention_heads:
+        raise InputError(f"argument --pal: size {args.pal['size']} is no multiple of the encoder's "
+                         f"{bert.config.num_attention_heads} attention heads")
     data = load_data(paths, encoder_folder, bert.config, cross, args.skip_malformed)
-    model = MultitaskBERT(bert, args.tasks, args.pair_head, args.pooling, args.hidden_dropout_prob, args.option,
-                          args.amp).to(args.device)
+    for task, share in (args.limit or {}).items():
+        size = len(data[task]["train"])
+        order = np.random.default_rng(seed_of(args.seed, "limit", task)).permutation(size)
+        data[task]["train"] = data[task]["train"].take(np.sort(order[:max(1, round(share * size))]))
+        print(f"{task}: trained on {len(data[task]['train'])} of its {size} rows")
+    model = MultitaskBERT(bert, {name: splits["train"].task for name, splits in data.items()}, args.pair_head,
+                          args.pooling, args.hidden_dropout_prob, args.option, args.amp, args.sst_loss, args.pal)
+    if args.init_from:
+        model.take_over(args.init_from)
+    model.to(args.device)
     if distributed.is_initialized():
         for tensor in model.state_dict().values():
             distributed.broadcast(tensor, src=0)
@@ -539,13 +594,18 @@ def train_and_predict(args, rank):
     if distributed.is_initialized():
         distributed.barrier()  # the best epoch is on the disk
     model = MultitaskBERT.load(folder).to(args.device)
-    for (task, split), path in outputs.items():
-        predictions = predict(model, task, data[task][split])
-        if rank == 0:
-            (folder / "predictions").mkdir(exist_ok=True)
-            write_predictions(path, task, data[task][split], predictions)
+    predicted = {key: predict(model, key[0], data[key[0]][key[1]]) for key in outputs}
+    if rank == 0:
+        (folder / "predictions").mkdir(exist_ok=True)
+        for (task, split), path in outputs.items():
+            write_predictions(path, data[task][split], predicted[task, split])
+        write_errors(folder / "errors.csv", [(data[task]["dev"], made) for (task, split), made in predicted.items()
+                                             if split == "dev"])
+    if "sst" in data:
+        dev = data["sst"]["dev"]
+        print(describe_confusion(dev.task, decide(dev.task, predicted["sst", "dev"]), dev.labels))
     print(f"best epoch {best['epoch']}: {describe(best)}\n"
-          f"{os.path.relpath(folder)}: encoder, heads, metrics.jsonl, curves.png, predictions/")
+          f"{os.path.relpath(folder)}: encoder, heads, metrics.jsonl, curves.png, errors.csv, predictions/")
 
 
 if __name__ == "__main__":

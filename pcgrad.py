@@ -223,7 +223,7 @@ if __name__ == "__main__":
     from bert import BertModel
     from data.batches import collate
     from data.download import fetch_encoder
-    from data.tasks import load_data, locate
+    from data.tasks import TASKS, load_data, locate
     from multitask_classifier import MultitaskBERT, resolve
     from optimizer import AdamW
 
@@ -231,7 +231,8 @@ if __name__ == "__main__":
     folder = fetch_encoder(args.model)
     bert = BertModel.from_pretrained(folder)
     data = load_data(locate(args), folder, bert.config, ["para", "sts"], skip_malformed=False)
-    model = MultitaskBERT(bert, args.tasks, args.pair_head, args.pooling, args.hidden_dropout_prob).to(args.device).train()
+    model = MultitaskBERT(bert, {task: TASKS[task] for task in args.tasks}, args.pair_head, args.pooling,
+                          args.hidden_dropout_prob).to(args.device).train()
     bert.word_embedding.sparse = True  # as in training
     optimizer, generator = AdamW(model.parameters(), lr=1e-5), np.random.default_rng(0)
     P = sum(parameter.numel() for parameter in model.shared_parameters())

@@ -219,13 +219,13 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder):
                 group["lr"] = learning_rate(args.lr, (n + 1) / (updates + 1), args.warmup)
             optimizer.step()
             measured.add("loss", loss, len(targets), int(batch.attention_mask.sum()))
+            measured.steps += 1
             if (n + 1) % LOG_EVERY == 0 or n + 1 == (epoch + 1) * steps_per_epoch:
                 means, speed = measured.read()
                 if not math.isfinite(means["loss"]):
                     raise RunFailed(f"the loss is {means['loss']} around step {n + 1}; try a lower --lr")
-                bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed:.0f} tokens/s")
-                run.log("step", epoch=epoch + 1, step=n + 1, **means, lr=optimizer.param_groups[0]["lr"],
-                        tokens_per_second=round(speed))
+                bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed['tokens_per_second']} tokens/s")
+                run.log("step", epoch=epoch + 1, step=n + 1, **means, lr=optimizer.param_groups[0]["lr"], **speed)
         loss = evaluate(model, held_out, vocabulary, args)
         improved = loss < best
         best = min(best, loss)

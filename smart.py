@@ -205,8 +205,8 @@ if __name__ == "__main__":
         else:
             folder = fetch_encoder(args.model)
             torch.manual_seed(args.seed)  # for the heads
-            model = MultitaskBERT(BertModel.from_pretrained(folder), args.tasks, args.pair_head, args.pooling,
-                                  args.hidden_dropout_prob)
+            model = MultitaskBERT(BertModel.from_pretrained(folder), {task: TASKS[task] for task in args.tasks},
+                                  args.pair_head, args.pooling, args.hidden_dropout_prob)
         if "sst" not in args.tasks:
             raise InputError("without the task sst there is no sentiment to show")
         cross = [task for task, head in args.pair_head.items() if head == "cross"]
@@ -235,7 +235,7 @@ if __name__ == "__main__":
                   for task in args.tasks] for _ in range(5)]
         model.to(args.device).train().bert.word_embedding.sparse = True  # as in training
         median = step_times(model, AdamW(model.parameters(), lr=1e-5),
-                            GradientBuffer(model.shared_parameters(), {t: h.parameters() for t, h in model.heads.items()}),
+                            GradientBuffer(model.shared_parameters(), {task: model.own_parameters(task) for task in args.tasks}),
                             {task: TASKS[task].kind for task in args.tasks}, steps)
         print(f"\na training step of {args.batch_size} rows, over a plain one: "
               + ", ".join(f"{name} {seconds / median['plain']:.2f}" for name, seconds in median.items() if name != "plain"))

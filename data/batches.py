@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import math
 import sys
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,7 +20,8 @@ if not __package__:  # run as `python data/batches.py`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.download import InputError  # noqa: E402
 
-SCHEDULES = ("sequential", "round_robin", "mixed")
+SCHEDULES = ("sequential", "round_robin", "mixed", "mtdnn", "annealed")
+ONE_TASK_A_STEP = ("sequential", "mtdnn", "annealed")
 
 
 def seed_of(*key):
@@ -90,48 +92,72 @@ class Schedule:
     mixed        round_robin with batch sizes in proportion to the sets, so that all end together: B x K rows a step for
                  one batch size B and K tasks, or more where the smallest set has too few rows for one in every step.
                  With a batch size for each task those are taken as they are.
+    mtdnn        one batch of one task a step: the batches of all tasks, shuffled (Liu et al. 2019, algorithm 1). With
+                 `upsample` each set is repeated until it has as many rows as the largest (report 2)
+    annealed     one batch of one task a step, drawn with a probability in proportion to N^a, N the rows of its set; a
+                 falls from 1 in the first epoch to .2 in the last (Stickland & Murray 2019, section 4.1)
 
-    sizes: {task: rows}, in the order of the tasks. batch_size: {task: rows}, or one number.
+    sizes: {task: rows}, in the order of the tasks. batch_size: {task: rows}, or one number. epochs: of the run.
     epoch_length: "longest"; "shortest" (the set with the fewest batches sets the epoch, the others go on from where they
-    stopped in the next one; sequential: that many batches of each task); or a number of steps (sequential: shared out
-    among the tasks in proportion to their batches; InputError where a task is left without any).
+    stopped in the next one); or a number of steps. Where a step has one task, these are a whole pass over all sets, as
+    many batches of each task as the shortest has (annealed: that many steps in all), and that many steps (sequential:
+    shared out among the tasks in proportion to their batches; InputError where a task is left without any).
     """
 
-    def __init__(self, name, sizes, batch_size, epoch_length, seed):
+    def __init__(self, name, sizes, batch_size, epoch_length, seed, epochs=1, upsample=False):
         if name == "mixed" and not isinstance(batch_size, dict):
             steps = min(math.ceil(sum(sizes.values()) / (batch_size * len(sizes))), min(sizes.values()))
             batch_size = {task: Fraction(size, steps) for task, size in sizes.items()}
         elif not isinstance(batch_size, dict):
             batch_size = dict.fromkeys(sizes, batch_size)
-        self.name, self.batch_size = name, batch_size
+        self.name, self.sizes, self.batch_size, self.seed, self.epochs = name, sizes, batch_size, seed, epochs
         self.streams = {task: Stream(size, batch_size[task], seed, task) for task, size in sizes.items()}
-        passes = {task: stream.batches for task, stream in self.streams.items()}
-        if name == "sequential":
-            if epoch_length == "longest":
-                self.counts = passes
-            elif epoch_length == "shortest":
-                self.counts = dict.fromkeys(passes, min(passes.values()))
-            else:
-                ends = np.rint(np.cumsum(list(passes.values())) * epoch_length / sum(passes.values())).astype(int)
-                self.counts = dict(zip(passes, np.diff(ends, prepend=0).tolist()))
-                for task, count in self.counts.items():
-                    if count == 0:
-                        raise InputError(f"--epoch_length {epoch_length} leaves {task} without a step: {passes} batches "
-                                         "are shared out in proportion; give more steps")
-            self.steps_per_epoch = sum(self.counts.values())
-        else:
-            self.steps_per_epoch = {"longest": max(passes.values()), "shortest": min(passes.values())}.get(
-                epoch_length, epoch_length)
+        self.counts = {task: stream.batches for task, stream in self.streams.items()}  # batches of a pass
+        if upsample:
+            self.counts = {task: math.ceil(max(sizes.values()) / size) for task, size in batch_size.items()}
+        one_task, shortest = name in ONE_TASK_A_STEP, min(self.counts.values())
+        if epoch_length == "shortest" and one_task:
+            self.counts = dict.fromkeys(self.counts, shortest)
+        elif name == "sequential" and epoch_length != "longest":
+            total = sum(self.counts.values())
+            ends = np.rint(np.cumsum(list(self.counts.values())) * epoch_length / total).astype(int)
+            shares = dict(zip(self.counts, np.diff(ends, prepend=0).tolist()))
+            if 0 in shares.values():
+                raise InputError(f"--epoch_length {epoch_length}: a task is left without a step, since {self.counts} "
+                                 "batches are shared out in proportion; give more steps")
+            self.counts = shares
+        whole = sum(self.counts.values()) if one_task else max(self.counts.values())
+        self.steps_per_epoch = (whole if epoch_length == "longest" or name == "sequential" else
+                                (whole if one_task else shortest) if epoch_length == "shortest" else epoch_length)
+
+    def tasks(self, epoch):
+        """The tasks of each step of epoch 0, 1, ...: a list of tuples."""
+        if self.name == "sequential":
+            return [(task,) for task, count in self.counts.items() for _ in range(count)]
+        if self.name == "annealed":
+            generator = np.random.default_rng(seed_of("annealed", self.seed, epoch))
+            drawn = generator.choice(len(self.sizes), self.steps_per_epoch, p=self.probabilities(epoch))
+            return [(list(self.sizes)[i],) for i in drawn]
+        if self.name == "mtdnn":  # pass after pass over all batches, cut into epochs
+            union = [(task,) for task, count in self.counts.items() for _ in range(count)]
+            start, steps = epoch * self.steps_per_epoch, []
+            for n in range(start // len(union), (start + self.steps_per_epoch - 1) // len(union) + 1):
+                order = np.random.default_rng(seed_of("mtdnn", self.seed, n)).permutation(len(union))
+                steps += [union[i] for i in order]
+            return steps[start % len(union):][:self.steps_per_epoch]
+        return [tuple(self.streams)] * self.steps_per_epoch
+
+    def probabilities(self, epoch):  # of the tasks, where they are annealed
+        exponent = 1 - 0.8 * epoch / max(1, self.epochs - 1)
+        weights = np.array(list(self.sizes.values()), dtype=float) ** exponent
+        return weights / weights.sum()
 
     def epoch(self, epoch):
-        """The steps of epoch 0, 1, ..."""
-        if self.name == "sequential":
-            for task, count in self.counts.items():
-                for n in range(epoch * count, (epoch + 1) * count):
-                    yield [(task, self.streams[task].rows(n))]
-        else:
-            for n in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):
-                yield [(task, stream.rows(n)) for task, stream in self.streams.items()]
+        """The steps of epoch 0, 1, ...; every task goes on where the epoch before left it."""
+        done = Counter(task for earlier in range(epoch) for step in self.tasks(earlier) for task in step)
+        for step in self.tasks(epoch):
+            yield [(task, self.streams[task].rows(done[task])) for task in step]
+            done.update(step)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ DATA = Path(__file__).resolve().parent
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One row of the table. `kind` fixes outputs, loss and metric; the labels lie in 0..top."""
+    """One row of the table. `kind` fixes outputs, loss and metric; the labels lie in 0..top (None: as the file has it)."""
     name: str
     stem: str  # the files are stem-train.csv, stem-dev.csv and stem-test-student.csv
     text_columns: tuple
     label_column: str
     kind: str  # "classes": cross entropy, accuracy; "binary": one logit, accuracy; "similarity": squared error, Pearson
-    top: int
+    top: int | None
     heading: str  # of the course's submission file
 
     @property
@@ -55,6 +55,12 @@ TASKS = {task.name: task for task in (
     Task("sts", "sts", PAIR, "similarity", "similarity", 5, "Predicted_Similiary"),  # spelt as the course spells it
     Task("cfimdb", "ids-cfimdb", ("sentence",), "sentiment", "classes", 1, "Predicted_Sentiment"),
 )}
+MOST_CLASSES = 1000  # of an auxiliary task
+
+
+def auxiliary(name):
+    """A task that is there to help the others: one sentence, classes 0, 1, ...; a file like sst's."""
+    return Task(name, name, ("sentence",), "sentiment", "classes", None, "")
 
 
 @dataclasses.dataclass
@@ -71,6 +77,10 @@ class Examples:
 
     def __len__(self):
         return len(self.ids)
+
+    def take(self, rows):  # those rows alone, in that order
+        ids, texts, tokens = ([column[row] for row in rows] for column in (self.ids, self.texts, self.tokens))
+        return dataclasses.replace(self, ids=ids, texts=texts, labels=self.labels[rows], tokens=tokens)
 
 
 def read_examples(path, task, labelled=True, skip_malformed=False):
@@ -122,6 +132,8 @@ def read_examples(path, task, labelled=True, skip_malformed=False):
         print(f"{path}: left out {len(malformed)} malformed of {total} rows: {shown}")
     if not ids:
         raise InputError(f"{path}: no rows")
+    if task.top is None:
+        task = dataclasses.replace(task, top=int(max(labels)))
     return Examples(task, path, ids, texts, np.array(labels, dtype=np.float32) if labelled else None, malformed)
 
 
@@ -138,10 +150,11 @@ def fault(row, fields, header, task, labelled):
             label = float(text)
         except ValueError:
             return f"{task.label_column} {text[:20]!r} is no number"
-        if not 0 <= label <= task.top:  # also catches nan
-            return f"{task.label_column} {text} is outside 0..{task.top}"
+        top = MOST_CLASSES - 1 if task.top is None else task.top
+        if not 0 <= label <= top:  # also catches nan
+            return f"{task.label_column} {text} is outside 0..{top}"
         if task.kind != "similarity" and label != int(label):
-            return f"{task.label_column} {text} is not a class 0..{task.top}"
+            return f"{task.label_column} {text} is not a class 0..{top}"
     return None
 
 
@@ -201,27 +214,29 @@ def join(texts, cls, sep, max_length):
     return np.array(first + [i for text in texts[1:] for i in (*text, sep)], dtype=np.int64), len(first)
 
 
-def task_names(text):
+def task_names(text, flag="--tasks"):
     """"sst,para" as a list. Raises InputError for what the table has not, or a task named twice."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in TASKS:
-            raise InputError(f"argument --tasks: unknown task {name!r}; the tasks are {', '.join(TASKS)}")
+            raise InputError(f"argument {flag}: unknown task {name!r}; the tasks are {', '.join(TASKS)}")
     if len(set(names)) < len(names):
-        raise InputError("argument --tasks: a task is named twice")
+        raise InputError(f"argument {flag}: a task is named twice")
     return names
 
 
 def locate(args, splits=("train", "dev", "test")):
     """{task: {split: path}} of a run's flags; test only where there is one. Raises InputError for a missing file.
 
-    args: tasks, data_dir, and where the script has such flags TASK_SPLIT (a path or None).
+    args: tasks, data_dir, and where the script has such flags score_also (tasks), aux ({name: file}) and TASK_SPLIT (a
+    path or None).
     """
+    names, aux = [*args.tasks, *getattr(args, "score_also", ())], getattr(args, "aux", {})
     given = {(task, split): getattr(args, f"{task}_{split}", None) for task in TASKS for split in splits}
     for (task, split), path in given.items():
-        if path is not None and task not in args.tasks:
+        if path is not None and task not in names:
             raise InputError(f"--{task}_{split}: {task} is not among --tasks {','.join(args.tasks)}")
-    given = {key: path for key, path in given.items() if key[0] in args.tasks}
+    given = {key: path for key, path in given.items() if key[0] in names}
     folder = args.data_dir or DATA
     needed = [DATA / TASKS[task].filename(split) for (task, split), path in given.items() if not path and split != "test"]
     if args.data_dir is None and not all(path.exists() for path in needed):
@@ -229,7 +244,7 @@ def locate(args, splits=("train", "dev", "test")):
         print(f"*** The real sets are not in {os.path.relpath(DATA)}: this run uses the small demo sets in "
               f"{os.path.relpath(folder)}, and its scores are\n*** no results. For the real ones: python data/download.py",
               flush=True)
-    paths = {task: {} for task in args.tasks}
+    paths = {task: {} for task in names} | {name: {"train": Path(path)} for name, path in aux.items()}
     for (task, split), path in given.items():
         default = folder / TASKS[task].filename(split)
         if path is None and split == "test" and not default.exists():
@@ -238,18 +253,23 @@ def locate(args, splits=("train", "dev", "test")):
         paths[task][split] = path or default
         if not paths[task][split].is_file():
             raise InputError(f"{paths[task][split]}: no such file; give --data_dir, or --{task}_{split} FILE")
+    for name, path in aux.items():
+        if not Path(path).is_file():
+            raise InputError(f"argument --aux: {path}: no such file")
     return paths
 
 
 def load_data(paths, encoder_folder, config, cross, skip_malformed):
-    """{task: {split: tokenised Examples}}. cross: the pair tasks to cross-encode. Raises InputError."""
+    """{task: {split: tokenised Examples}}. paths: {task: {split: path}}; a task that is not in the table is an auxiliary
+    one. cross: the pair tasks to cross-encode. Raises InputError."""
     tokenizer = load_tokenizer(encoder_folder)
     if max(tokenizer.get_vocab().values()) >= config.vocab_size or (cross and config.type_vocab_size < 2):
         raise InputError(f"{encoder_folder}: the encoder has {config.vocab_size} word embeddings and "
                          f"{config.type_vocab_size} token types, too few for its vocab.txt or for pairs")
     data = {}
     for task, splits in paths.items():
-        data[task] = {split: tokenize(read_examples(path, TASKS[task], split != "test", skip_malformed),
+        data[task] = {split: tokenize(read_examples(path, TASKS.get(task) or auxiliary(task), split != "test",
+                                                    skip_malformed),
                                       tokenizer, config.max_position_embeddings, task in cross)
                       for split, path in splits.items()}
         print(f"{task}: " + ", ".join(f"{len(examples)} {split}" for split, examples in data[task].items()) + " rows")
