@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,8 +230,8 @@ def train(args, model, data, run, encoder_folder):
     rank, world = rank_and_world()
     sizes = {task: len(data[task]["train"]) for task in args.trained}
     schedule = Schedule(args.schedule, sizes, args.batch_size, args.epoch_length, args.seed, args.epochs, args.upsample)
-    shared, own = model.shared_parameters(), {task: model.own_parameters(task) for task in args.trained}
-    gradients = GradientBuffer(shared, own, args.surgery, args.gradient_rows, args.surgery_scope)
+    shared, own_parameters = model.shared_parameters(), {task: model.own_parameters(task) for task in args.trained}
+    gradients = GradientBuffer(shared, own_parameters, args.surgery, args.gradient_rows, args.surgery_scope)
     row_names = ["+".join(group) for group in gradients.groups]
     kinds = {task: model.tasks[task].kind for task in args.trained}
     smart = Smoothness({task: kinds[task] for task in args.smart_tasks}, **args.smart) if args.smart else None
@@ -239,12 +240,15 @@ def train(args, model, data, run, encoder_folder):
     logged_means = [*sizes, *(f"{task} {name}" for name, term in regularisers.items() for task in term.kinds)]
     # the word embedding's gradient then touches, in J, only the rows of words that occur; MPS has no sparse tensors
     model.bert.word_embedding.sparse = args.device != "mps"
-    optimizers = {}
-    for group in [[task] for task in own] if args.optimizer_per_task else [list(own)]:
-        parameters = [*shared, *(p for task in group for p in own[task])]
-        optimizers |= dict.fromkeys(group, AdamW(parameter_groups(parameters, args.weight_decay), lr=args.lr))
-    updates = args.epochs * math.ceil(schedule.steps_per_epoch / args.accumulate)
-    best, update = None, 0
+    owner = {task: task if args.optimizer_per_task else "all" for task in args.trained}  # of the optimizer of its steps
+    trainable = {name: [*shared, *(p for task in owner if owner[task] == name for p in own_parameters[task])]
+                 for name in owner.values()}
+    optimizers = {name: AdamW(parameter_groups(parameters, args.weight_decay), lr=args.lr)
+                  for name, parameters in trainable.items()}
+    updates = {"all": args.epochs * math.ceil(schedule.steps_per_epoch / args.accumulate)}
+    if args.optimizer_per_task:
+        updates = Counter(task for epoch in range(args.epochs) for step in schedule.tasks(epoch) for task in step)
+    best, done = None, dict.fromkeys(optimizers, 0)  # done: optimizer steps
     for epoch in range(args.epochs):
         model.train()
         gradients.zero()
@@ -270,18 +274,19 @@ def train(args, model, data, run, encoder_folder):
                 gradients.backward(task, loss, [name for name, _ in batches[i + 1:]] if closing else None)
             measured.steps += 1
             if closing:
-                optimizer = optimizers[batches[-1][0]]
+                name = owner[batches[-1][0]]
                 gradients.combine(seed_of(args.seed, epoch, step, "order of the projections"))
                 if gradients.gram is not None:
                     diagnosed.append(diagnostics(gradients.gram, row_names))
                 if args.clip:
-                    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], args.clip)
-                update += 1
-                for group in optimizer.param_groups:  # the + 1: neither the first nor the last step has rate 0
-                    group["lr"] = learning_rate(args.lr, update / (updates + 1), args.warmup, args.lr_schedule)
-                optimizer.step()
+                    nn.utils.clip_grad_norm_(trainable[name], args.clip)
+                done[name] += 1  # the + 1: neither the first nor the last step has rate 0
+                lr = learning_rate(args.lr, done[name] / (updates[name] + 1), args.warmup, args.lr_schedule)
+                for group in optimizers[name].param_groups:
+                    group["lr"] = lr
+                optimizers[name].step()
                 if proximal:
-                    proximal.update(model, update / updates)
+                    proximal.update(model, sum(done.values()) / sum(updates.values()))
                 gradients.zero()
 
             if step % LOG_EVERY == 0 or step == schedule.steps_per_epoch:
@@ -297,7 +302,7 @@ def train(args, model, data, run, encoder_folder):
                     others = {"regularisers": {name: mean for name, mean in means.items() if name not in losses},
                               "gradients": mean_of(diagnosed[logged:])}
                     run.log("step", epoch=epoch + 1, step=epoch * schedule.steps_per_epoch + step, losses=losses,
-                            lr=optimizer.param_groups[0]["lr"], **speed,
+                            lr=lr, **speed,
                             **{name: values for name, values in others.items() if values})
                     logged = len(diagnosed)
 
@@ -312,8 +317,8 @@ def train(args, model, data, run, encoder_folder):
             run.log("evaluation", epoch=epoch + 1, step=(epoch + 1) * schedule.steps_per_epoch, **scores)
             if improved:
                 model.save(run.folder, encoder_folder)
-            last = {"epoch": epoch + 1, "model": model.state_dict(), "optimizers": {task: optimizer.state_dict() for task, optimizer in optimizers.items()},
-                    "gradvac_targets": gradients.targets}
+            last = {"epoch": epoch + 1, "model": model.state_dict(), "gradvac_targets": gradients.targets,
+                    "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
             if proximal:
                 last["teacher"] = proximal.teacher.state_dict()
             write_whole(run.folder / "last.pt", lambda path: torch.save(last, path))
@@ -459,7 +464,7 @@ def resolve(argv):
     for task, head in args.pair_head.items():
         if head not in PAIR_HEADS:
             raise InputError(f"argument --pair_head: unknown head {head!r}; the heads are {', '.join(PAIR_HEADS)}")
-        if head == "cosine" and TASKS[task].kind == "similarity" and args.option == "pretrain":
+        if head == "cosine" and TASKS[task].kind == "similarity" and args.option == "pretrain" and task in args.tasks:
             raise InputError(f"--pair_head cosine for {task} with --option pretrain: 5 cos(u, v) has no parameters and the "
                              f"encoder is frozen, so there is nothing to train; use another head, or leave {task} out")
 

@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -52,7 +53,8 @@ from data.tasks import TASKS, load_tokenizer, read_examples, tokenize
 from multitask_classifier import MultitaskBERT
 from optimizer import AdamW, learning_rate
 
-DEMO = Path(__file__).resolve().parent / "data" / "demo"
+HERE = Path(__file__).resolve().parent
+DEMO = HERE / "data" / "demo"
 TINY = BertConfig(vocab_size=500, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
                   max_position_embeddings=64)
 FULL = "--full" in sys.argv
@@ -1577,8 +1579,13 @@ def test_an_optimizer_for_each_task():
     flags = "--schedule", "sequential", "--tasks", "para,sst,sts", "--batch_size", 8
     one, own = (run(*flags, *more, steps=9)[2] for more in ((), ("--optimizer_per_task",)))
     states = [torch.load(folder / "last.pt", weights_only=True)["optimizers"] for folder in (one, own)]
-    steps = [{task: {int(state["step"]) for state in found[task]["state"].values()} for task in found} for found in states]
-    assert steps == [{"para": {9, 3}, "sst": {9, 3}, "sts": {9, 3}}, {"para": {3}, "sst": {3}, "sts": {3}}], steps
+    steps = [{name: {int(state["step"]) for state in found[name]["state"].values()} for name in found} for found in states]
+    assert steps == [{"all": {9, 3}}, {"para": {3}, "sst": {3}, "sts": {3}}], steps
+    rates = []
+    with mock.patch.object(multitask_classifier, "learning_rate",
+                           lambda *args: rates.append(args[1]) or learning_rate(*args)):
+        run(*flags, "--optimizer_per_task", "--epochs", 2, steps=9)
+    assert rates == ([1 / 7, 2 / 7, 3 / 7] * 3 + [4 / 7, 5 / 7, 6 / 7] * 3), "each task has a schedule of its own"
     assert not same(*(load_file(folder / "model.safetensors") for folder in (one, own)))
 
 
@@ -1715,6 +1722,50 @@ def test_a_small_batch_is_learnt_by_heart():
         optimizer.step()
         losses.append(total)
     assert losses[0] > 2 and losses[-1] < 0.05, losses[::30]
+
+
+def commands_of(cell):
+    """The commands of a cell of the README's table: "`a`, then `b`, and with `--flag`" -> [a, b, b --flag]."""
+    commands = []
+    for command in re.findall("`(.*?)`", cell):
+        commands.append(f"{full} {command}" if command.startswith("--") else command)
+        full = command if not command.startswith("--") else full
+    return commands
+
+
+def test_rows_of_the_readme_run():
+    """Every command of the README's table of the five reports, on the tiny encoder and a few steps of the demo set."""
+    root, readme = workspace() / "rows", (HERE / "README.md").read_text(encoding="utf-8")
+    table = readme.split("## Every system of the five reports")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| (\d\w) \|.*?\| (`.*) \|$", table, flags=re.MULTILINE))
+    assert sorted(rows) == sorted(f"{report}{letter}" for report, letters in enumerate(
+        ("abcdef", "abcdefg", "abcde", "abcdef", "abcdefg"), start=1) for letter in letters)
+    small = ["--data_dir", str(workspace() / "data")]
+    for row, cell in rows.items():
+        for i, command in enumerate(commands_of(cell)):
+            command = command.replace("$TRAIN", "python multitask_classifier.py").replace("--name ", "--name runs/")
+            python, script, *flags = command.replace("bert-base-uncased", str(workspace() / "tiny")).replace(
+                "runs/", f"{root}/").replace("data/demo", str(workspace() / "data")).split()
+            main = {"multitask_classifier.py": multitask_classifier, "pretrain_mlm.py": pretrain_mlm,
+                    "checkpoint.py": checkpoint}[script].main
+            if script == "multitask_classifier.py":
+                if "--model" not in flags and "--init_from" not in flags:
+                    flags += ["--model", str(workspace() / "tiny")]
+                if "--name" not in flags:
+                    flags += ["--name", f"{root}/{row}-{i}"]
+                flags += [*small, "--epochs", "1", "--epoch_length", "6"]
+                leaves = Path(flags[flags.index("--name") + 1]) / "metrics.jsonl"
+            elif script == "pretrain_mlm.py":
+                flags += [*small, "--epochs", "1", "--epoch_length", "2", "--batch_size", "4"]
+                leaves = Path(flags[flags.index("--out") + 1]) / "metrics.jsonl"
+            else:
+                leaves = Path(flags[-1])
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                status = exit_status(main, flags)
+            assert status == 0 and leaves.exists(), (row, command, said.getvalue())
+            if leaves.suffix == ".jsonl":
+                assert read_metrics(leaves.parent, "evaluation"), (row, command)
 
 
 def test_bad_input_gives_one_line_and_status_2():
