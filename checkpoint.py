@@ -9,7 +9,10 @@ import itertools
 import json
 import math
 import os
+import pickle
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,25 +29,125 @@ class RunFailed(RuntimeError):
     """The run cannot go on, through no fault of a flag or a file. The message is one line."""
 
 
-class Run:
-    """A run's folder, made new. Raises InputError where there is one of this name, or none can be made."""
+class Interrupted(RuntimeError):
+    """Ctrl-C, after everything was saved. The message is one line that says how to go on."""
 
-    def __init__(self, folder, args):
-        self.folder = Path(folder)
+
+class Run:
+    """A run's folder: args.json, metrics.jsonl, last.pt. `last` is what last.pt holds where a run goes on, else None.
+
+    args: the flags, of a new run. resume: go on with the run that is there. writes: False for all processes but the
+    first. Raises InputError: there is a run of this name, or none to go on with, or last.pt is not what was saved.
+    """
+
+    def __init__(self, folder, args, resume=False, writes=True):
+        self.folder, self.writes, self.last = Path(folder), writes, None
+        if resume:
+            self.last = read_last(self.folder / "last.pt")
+        self.saved_at = time.perf_counter()
+        if writes:
+            self.metrics = self.cut_metrics() if resume else self.make(args)
+
+    def make(self, args):
+        new = self.folder.with_name(f"{self.folder.name}.new-{os.getpid()}")  # so that a run's folder has its args.json
+        text = json.dumps(args, indent=2, default=str) + "\n"
         try:
-            self.folder.mkdir(parents=True)
-            text = json.dumps(args, indent=2, default=str) + "\n"
-            write_whole(self.folder / "args.json", lambda path: path.write_text(text, encoding="utf-8"))
-            self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-        except FileExistsError:
-            raise InputError(f"{folder}: there is a run of this name; choose another --name") from None
+            if self.folder.exists():
+                raise InputError(f"{self.folder}: there is a run of this name; choose another --name, or go on with "
+                                 f"--resume {self.folder}")
+            new.mkdir(parents=True)
+            write_whole(new / "args.json", lambda path: path.write_text(text, encoding="utf-8"))
+            os.rename(new, self.folder)
+            return open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"{folder}: this folder cannot be made ({error.strerror}); choose another --name") from None
+            raise InputError(f"{self.folder}: this folder cannot be made ({error.strerror or error}); "
+                             "choose another --name") from None
+
+    def cut_metrics(self):
+        """metrics.jsonl as it was when last.pt was saved."""
+        file = open(self.folder / "metrics.jsonl", "a+", encoding="utf-8")
+        length = self.last["metrics"] if self.last else 0
+        if file.seek(0, os.SEEK_END) < length:
+            raise InputError(f"{self.folder}: metrics.jsonl is shorter than when last.pt was saved; it is damaged")
+        file.truncate(length)
+        file.seek(length)
+        return file
 
     def log(self, kind, **fields):
         """Append one line to metrics.jsonl; kind is "step" or "evaluation"."""
-        self.metrics.write(json.dumps({"kind": kind, **fields}) + "\n")
-        self.metrics.flush()
+        if self.writes:
+            self.metrics.write(json.dumps({"kind": kind, **fields}) + "\n")
+            self.metrics.flush()
+
+    def save(self, state):
+        """last.pt: tensors and plain values, and how long metrics.jsonl was."""
+        if self.writes:
+            os.fsync(self.metrics.fileno())
+            state = {**state, "metrics": self.metrics.tell()}
+            write_whole(self.folder / "last.pt", lambda path: torch.save(state, path))
+        self.saved_at = time.perf_counter()
+
+
+def read_last(path):
+    """What a last.pt holds; None where there is none yet. Raises InputError where it is damaged, or would run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read as tensors and plain values ({type(error).__name__}); it is damaged, or "
+                         "holds more than that") from None
+
+
+def resumed(resolve, argv):
+    """The flags of the run that --resume names, resolved, or None where argv has no --resume. Raises InputError where
+    argv has other flags that contradict the run's."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--resume")
+    known, argv = parser.parse_known_args(argv)
+    folder = known.resume
+    if folder is None:
+        return None
+    try:
+        args = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
+        of_run = [*map(str, args["argv"]), "--name", str(Path(folder).absolute())]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--resume {folder}: no run to go on with ({type(error).__name__} in its args.json)") from None
+    args, other = resolve(of_run), resolve([*of_run, *argv])
+    differing = [f"--{name} is {value!r} in the run" for name, value in vars(args).items() if vars(other)[name] != value
+                 and name != "argv"]
+    if differing:
+        raise InputError(f"--resume {folder}: {'; '.join(differing)}: leave it out, or start a new run")
+    args.resume = True
+    return args
+
+
+class Interruption:
+    """Ctrl-C while it is open: the first is noted, so that the step can end and be saved; the second stops at once.
+
+    Not with several processes: they would stop at different steps, and wait for each other for ever.
+    """
+
+    def __enter__(self):
+        self.asked = False
+        self.mine = threading.current_thread() is threading.main_thread() and rank_and_world()[1] == 1
+        if self.mine:
+            self.before = signal.signal(signal.SIGINT, self.note)
+        return self
+
+    def note(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nending this step, and saving; Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+
+    def check(self, folder):
+        if self.asked:
+            raise Interrupted(f"stopped; everything is saved, and --resume {os.path.relpath(folder)} goes on")
+
+    def __exit__(self, *_):
+        if self.mine:
+            signal.signal(signal.SIGINT, self.before)
 
 
 def read_metrics(folder, kind):
@@ -204,6 +307,13 @@ class Meter:
         self.rows[name] += rows
         self.tokens += tokens
 
+    def state(self):
+        return {"sums": self.sums, "rows": self.rows, "tokens": self.tokens, "steps": self.steps}
+
+    def load_state(self, state):
+        self.sums = {name: tensor.to(self.device) for name, tensor in state["sums"].items()}
+        self.rows, self.tokens, self.steps = state["rows"], state["tokens"], state["steps"]
+
     def read(self):
         """({name: mean over the rows} of what was added, {"tokens_per_second", "steps_per_second"}), and start anew."""
         counts = torch.tensor([*self.rows.values(), self.tokens], dtype=torch.float32, device=self.device)
@@ -219,14 +329,16 @@ class Meter:
 # ---------------------------------------------------------------- how a script ends
 
 def exit_status(main, argv=None):
-    """Call main(argv). Returns 0, or 2 for bad input and 1 for a run that failed, saying why in one line."""
+    """Call main(argv). Returns 0, or 2 for bad input, 1 for a run that failed and 130 after Ctrl-C, with one line why."""
     message = None
     try:
         main(argv)
     except InputError as error:
         status, message = 2, str(error)
-    except RunFailed as error:
+    except (RunFailed, OSError) as error:  # a full disk, say
         status, message = 1, str(error)
+    except (Interrupted, KeyboardInterrupt) as error:
+        status, message = 130, str(error) or "stopped at once; what was not saved is lost"
     except RuntimeError as error:
         if not isinstance(error, distributed.DistBackendError) and "gloo" not in str(error):
             raise

@@ -12,6 +12,7 @@ H hidden size, C outputs of a task.
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -31,11 +32,12 @@ from tqdm import tqdm
 
 from attention import ProjectedAttention, to_device
 from bert import BertModel
-from checkpoint import (Meter, Parser, Run, RunFailed, autocast, exit_status, for_each, get_device, join_processes,
-                        mean_of, named_values, names, number, one_of, per_task, plot_curves, rank_and_world, settings)
+from checkpoint import (Interruption, Meter, Parser, Run, RunFailed, autocast, exit_status, for_each, get_device,
+                        join_processes, mean_of, named_values, names, number, one_of, per_task, plot_curves,
+                        rank_and_world, resumed, settings)
 from data.batches import ONE_TASK_A_STEP, SCHEDULES, Schedule, collate, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, write_whole
-from data.tasks import TASKS, auxiliary, load_data, locate, task_names
+from data.tasks import TASKS, auxiliary, digest, load_data, locate, task_names
 from evaluation import (decide, describe, describe_confusion, evaluate, predict, selection, write_errors,
                         write_predictions)
 from optimizer import AdamW, learning_rate, parameter_groups
@@ -222,108 +224,184 @@ def read_run(folder):
 
 # ---------------------------------------------------------------- training
 
-def train(args, model, data, run, encoder_folder):
-    """args.epochs epochs of the one training step. Saves the best epoch by dev scores. Returns its evaluation.
+class Training:
+    """The one training step, and all that goes on from step to step. `state` is what a run needs to go on."""
 
-    run: where to write, None on every process but the first. Raises RunFailed where a loss is not finite.
+    def __init__(self, args, model, data):
+        self.args, self.model, self.data = args, model, data
+        sizes = {task: len(data[task]["train"]) for task in args.trained}
+        self.schedule = Schedule(args.schedule, sizes, args.batch_size, args.epoch_length, args.seed, args.epochs,
+                                 args.upsample)
+        shared, own = model.shared_parameters(), {task: model.own_parameters(task) for task in args.trained}
+        self.gradients = GradientBuffer(shared, own, args.surgery, args.gradient_rows, args.surgery_scope)
+        self.row_names = ["+".join(group) for group in self.gradients.groups]
+        kinds = {task: model.tasks[task].kind for task in args.trained}
+        smart = Smoothness({task: kinds[task] for task in args.smart_tasks}, **args.smart) if args.smart else None
+        self.proximal = Proximal(model, kinds, **args.proximal) if args.proximal else None
+        self.regularisers = {name: term for name, term in (("smart", smart), ("proximal", self.proximal)) if term}
+        # the word embedding's gradient then touches, in J, only the rows of words that occur; MPS has no sparse tensors
+        model.bert.word_embedding.sparse = args.device != "mps"
+
+        self.owner = {task: task if args.optimizer_per_task else "all" for task in args.trained}  # of a task's steps
+        self.trainable = {name: [*shared, *(p for task in own if self.owner[task] == name for p in own[task])]
+                          for name in self.owner.values()}
+        self.optimizers = {name: AdamW(parameter_groups(parameters, args.weight_decay), lr=args.lr)
+                           for name, parameters in self.trainable.items()}
+        self.updates = {"all": args.epochs * math.ceil(self.schedule.steps_per_epoch / args.accumulate)}
+        if args.optimizer_per_task:
+            steps = itertools.chain.from_iterable(map(self.schedule.tasks, range(args.epochs)))
+            self.updates = Counter(task for step in steps for task in step)
+        self.done, self.lr = dict.fromkeys(self.optimizers, 0), 0.0  # optimizer steps; the rate of the last
+        self.epoch = self.step = 0  # epochs that are done, and steps of the one under way
+        self.best = None  # the best evaluation so far
+        self.measured = Meter([*sizes, *(f"{task} {name}" for name, term in self.regularisers.items()
+                                         for task in term.kinds)], model.device)
+        self.digest = digest(data)
+        self.diagnosed, self.logged = [], 0  # of the gradients in this epoch, and how many of these have been logged
+
+    def closing(self, step):  # an optimizer step follows
+        return step % self.args.accumulate == 0 or step == self.schedule.steps_per_epoch
+
+    def train_step(self, batches):
+        """batches: [(task, rows)]. Every closing step ends in an optimizer step."""
+        rank, world = rank_and_world()
+        self.step += 1
+        closing = self.closing(self.step)
+        for i, (task, rows) in enumerate(batches):
+            own, loss = rows[rank::world], None  # this process's share of the rows
+            if len(own):
+                batch = collate(self.data[task]["train"], own)
+                loss = self.loss(task, batch, seed_of(self.args.seed, self.epoch, self.step, task, rank))
+                loss = loss * (len(own) / len(rows))
+            self.gradients.backward(task, loss, [name for name, _ in batches[i + 1:]] if closing else None)
+        self.measured.steps += 1
+        if closing:
+            self.gradients.combine(seed_of(self.args.seed, self.epoch, self.step, "order of the projections"))
+            if self.gradients.gram is not None:
+                self.diagnosed.append(diagnostics(self.gradients.gram, self.row_names))
+            self.optimizer_step(self.owner[batches[-1][0]])
+            self.gradients.zero()
+
+    def loss(self, task, batch, seed):
+        """A task's loss and its regularisers. seed: for dropout."""
+        torch.manual_seed(seed)
+        logits = self.model.logits(task, batch)
+        loss = self.model.loss(task, batch, logits)
+        self.measured.add(task, loss, len(batch.rows), int(batch.attention_mask.sum()))
+        for name, regulariser in self.regularisers.items():
+            if task in regulariser.kinds:
+                term = regulariser(self.model, task, batch, logits, seed)
+                self.measured.add(f"{task} {name}", term, len(batch.rows))
+                loss = loss + term
+        return loss
+
+    def optimizer_step(self, name):
+        args = self.args
+        if args.clip:
+            nn.utils.clip_grad_norm_(self.trainable[name], args.clip)
+        self.done[name] += 1  # the + 1: neither the first nor the last step has rate 0
+        self.lr = learning_rate(args.lr, self.done[name] / (self.updates[name] + 1), args.warmup, args.lr_schedule)
+        for group in self.optimizers[name].param_groups:
+            group["lr"] = self.lr
+        self.optimizers[name].step()
+        if self.proximal:
+            self.proximal.update(self.model, sum(self.done.values()) / sum(self.updates.values()))
+
+    def read(self):
+        """A step line for metrics.jsonl: the means since the last one. Raises RunFailed where a loss is not finite."""
+        means, speed = self.measured.read()
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise RunFailed(f"the loss of {name} is {mean} around step {self.step} of epoch {self.epoch + 1}; "
+                                "try a lower --lr, or --clip 1")
+        losses = {task: means[task] for task in self.owner if task in means}
+        others = {"regularisers": {name: mean for name, mean in means.items() if name not in losses},
+                  "gradients": mean_of(self.diagnosed[self.logged:])}
+        self.logged = len(self.diagnosed)
+        return {"epoch": self.epoch + 1, "step": self.steps(), "losses": losses, "lr": self.lr, **speed,
+                **{name: values for name, values in others.items() if values}}
+
+    def steps(self):  # of the run
+        return self.epoch * self.schedule.steps_per_epoch + self.step
+
+    def end_epoch(self):
+        self.epoch, self.step, self.diagnosed, self.logged = self.epoch + 1, 0, [], 0
+        self.measured.clear()
+
+    def state(self):
+        """Tensors and plain values. To be asked for where no gradient is pending, after a closing step."""
+        return {"data": self.digest, "epoch": self.epoch, "step": self.step, "best": self.best, "done": self.done, "lr": self.lr,
+                "model": self.model.state_dict(), "gradvac_targets": self.gradients.targets,
+                "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+                "teacher": self.proximal.teacher.state_dict() if self.proximal else None,
+                "measured": self.measured.state(), "diagnosed": self.diagnosed, "logged": self.logged}
+
+    def load_state(self, state):
+        if state["data"] != self.digest:
+            raise InputError("--resume: the data files or the vocabulary are not those that the run was started with")
+        self.epoch, self.step, self.best, self.done, self.lr, self.diagnosed, self.logged = (
+            state[name] for name in ("epoch", "step", "best", "done", "lr", "diagnosed", "logged"))
+        self.model.load_state_dict(state["model"])
+        self.gradients.targets = state["gradvac_targets"]
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if self.proximal:
+            self.proximal.teacher.load_state_dict(state["teacher"])
+        if rank_and_world()[0] == 0:  # the other processes' part of a mean that was under way is not there
+            self.measured.load_state(state["measured"])
+
+
+def train(args, model, data, run, encoder_folder):
+    """Train for args.epochs, from where `run` stopped if it did. Saves the best epoch by dev scores, returns its
+    evaluation.
+
+    run: on every process; the first one writes. Raises RunFailed where a loss is not finite, and Interrupted.
     """
     rank, world = rank_and_world()
-    sizes = {task: len(data[task]["train"]) for task in args.trained}
-    schedule = Schedule(args.schedule, sizes, args.batch_size, args.epoch_length, args.seed, args.epochs, args.upsample)
-    shared, own_parameters = model.shared_parameters(), {task: model.own_parameters(task) for task in args.trained}
-    gradients = GradientBuffer(shared, own_parameters, args.surgery, args.gradient_rows, args.surgery_scope)
-    row_names = ["+".join(group) for group in gradients.groups]
-    kinds = {task: model.tasks[task].kind for task in args.trained}
-    smart = Smoothness({task: kinds[task] for task in args.smart_tasks}, **args.smart) if args.smart else None
-    proximal = Proximal(model, kinds, **args.proximal) if args.proximal else None
-    regularisers = {name: term for name, term in (("smart", smart), ("proximal", proximal)) if term}
-    logged_means = [*sizes, *(f"{task} {name}" for name, term in regularisers.items() for task in term.kinds)]
-    # the word embedding's gradient then touches, in J, only the rows of words that occur; MPS has no sparse tensors
-    model.bert.word_embedding.sparse = args.device != "mps"
-    owner = {task: task if args.optimizer_per_task else "all" for task in args.trained}  # of the optimizer of its steps
-    trainable = {name: [*shared, *(p for task in owner if owner[task] == name for p in own_parameters[task])]
-                 for name in owner.values()}
-    optimizers = {name: AdamW(parameter_groups(parameters, args.weight_decay), lr=args.lr)
-                  for name, parameters in trainable.items()}
-    updates = {"all": args.epochs * math.ceil(schedule.steps_per_epoch / args.accumulate)}
-    if args.optimizer_per_task:
-        updates = Counter(task for epoch in range(args.epochs) for step in schedule.tasks(epoch) for task in step)
-    best, done = None, dict.fromkeys(optimizers, 0)  # done: optimizer steps
-    for epoch in range(args.epochs):
-        model.train()
-        gradients.zero()
-        measured, diagnosed, logged = Meter(logged_means, model.device), [], 0
-        bar = tqdm(schedule.epoch(epoch), desc=f"epoch {epoch + 1}/{args.epochs}", total=schedule.steps_per_epoch,
-                   unit="step", leave=False, disable=rank > 0)
-        for step, batches in enumerate(bar, start=1):
-            closing = step % args.accumulate == 0 or step == schedule.steps_per_epoch  # an optimizer step follows
-            for i, (task, rows) in enumerate(batches):
-                own, loss = rows[rank::world], None  # this process's share of the rows
-                if len(own):
-                    batch, seed = collate(data[task]["train"], own), seed_of(args.seed, epoch, step, task, rank)
-                    torch.manual_seed(seed)  # for dropout
-                    logits = model.logits(task, batch)
-                    loss = model.loss(task, batch, logits)
-                    measured.add(task, loss, len(own), int(batch.attention_mask.sum()))
-                    for name, regulariser in regularisers.items():
-                        if task in regulariser.kinds:
-                            term = regulariser(model, task, batch, logits, seed)
-                            measured.add(f"{task} {name}", term, len(own))
-                            loss = loss + term
-                    loss = loss * (len(own) / len(rows))
-                gradients.backward(task, loss, [name for name, _ in batches[i + 1:]] if closing else None)
-            measured.steps += 1
-            if closing:
-                name = owner[batches[-1][0]]
-                gradients.combine(seed_of(args.seed, epoch, step, "order of the projections"))
-                if gradients.gram is not None:
-                    diagnosed.append(diagnostics(gradients.gram, row_names))
-                if args.clip:
-                    nn.utils.clip_grad_norm_(trainable[name], args.clip)
-                done[name] += 1  # the + 1: neither the first nor the last step has rate 0
-                lr = learning_rate(args.lr, done[name] / (updates[name] + 1), args.warmup, args.lr_schedule)
-                for group in optimizers[name].param_groups:
-                    group["lr"] = lr
-                optimizers[name].step()
-                if proximal:
-                    proximal.update(model, sum(done.values()) / sum(updates.values()))
-                gradients.zero()
-
-            if step % LOG_EVERY == 0 or step == schedule.steps_per_epoch:
-                means, speed = measured.read()
-                for name, mean in means.items():
-                    if not math.isfinite(mean):
-                        raise RunFailed(f"the loss of {name} is {mean} around step {step} of epoch {epoch + 1}; "
-                                        "try a lower --lr, or --clip 1")
-                losses = {task: means[task] for task in sizes if task in means}
-                shown = " ".join(f"{task} {loss:.3f}" for task, loss in losses.items())
-                bar.set_postfix_str(f"{shown}, {speed['tokens_per_second']} tokens/s")
-                if run:
-                    others = {"regularisers": {name: mean for name, mean in means.items() if name not in losses},
-                              "gradients": mean_of(diagnosed[logged:])}
-                    run.log("step", epoch=epoch + 1, step=epoch * schedule.steps_per_epoch + step, losses=losses,
-                            lr=lr, **speed,
-                            **{name: values for name, values in others.items() if values})
-                    logged = len(diagnosed)
-
-        scores = evaluate(model, data, args.seed)
-        improved = best is None or selection(scores, args.trained) > selection(best, args.trained)
-        best = {"epoch": epoch + 1, **scores} if improved else best
-        saved = "  best so far, saved" if improved else ""
-        print(f"epoch {epoch + 1}/{args.epochs}  {describe(scores)}{saved}", flush=True)
-        if diagnosed:
-            print(f"           {describe_gradients(mean_of(diagnosed))}", flush=True)
-        if run:
-            run.log("evaluation", epoch=epoch + 1, step=(epoch + 1) * schedule.steps_per_epoch, **scores)
-            if improved:
+    training = Training(args, model, data)
+    if run.last:
+        training.load_state(run.last)
+    with Interruption() as interruption:
+        while training.epoch < args.epochs:
+            train_epoch(args, training, run, interruption)
+            scores = evaluate(model, data, args.seed)
+            best = training.best
+            improved = best is None or selection(scores, args.trained) > selection(best, args.trained)
+            training.best = {"epoch": training.epoch + 1, **scores} if improved else best
+            print(f"epoch {training.epoch + 1}/{args.epochs}  {describe(scores)}"
+                  f"{'  best so far, saved' if improved else ''}", flush=True)
+            if training.diagnosed:
+                print(f"           {describe_gradients(mean_of(training.diagnosed))}", flush=True)
+            run.log("evaluation", epoch=training.epoch + 1, step=training.steps(), **scores)
+            if improved and rank == 0:
                 model.save(run.folder, encoder_folder)
-            last = {"epoch": epoch + 1, "model": model.state_dict(), "gradvac_targets": gradients.targets,
-                    "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
-            if proximal:
-                last["teacher"] = proximal.teacher.state_dict()
-            write_whole(run.folder / "last.pt", lambda path: torch.save(last, path))
-            plot_curves(run.folder)
-    return best
+            training.end_epoch()
+            run.save(training.state())
+            if rank == 0:
+                plot_curves(run.folder)
+            interruption.check(run.folder)
+    return training.best
+
+
+def train_epoch(args, training, run, interruption):
+    """From the step that the epoch stands at to its last."""
+    training.model.train()
+    training.gradients.zero()
+    total = training.schedule.steps_per_epoch
+    steps = itertools.islice(training.schedule.epoch(training.epoch), training.step, None)
+    bar = tqdm(steps, desc=f"epoch {training.epoch + 1}/{args.epochs}", total=total, initial=training.step, unit="step",
+               leave=False, disable=rank_and_world()[0] > 0)
+    for batches in bar:
+        training.train_step(batches)
+        if training.step % LOG_EVERY == 0 or training.step == total:
+            line = training.read()
+            shown = " ".join(f"{task} {loss:.3f}" for task, loss in line["losses"].items())
+            bar.set_postfix_str(f"{shown}, {line['tokens_per_second']} tokens/s")
+            run.log("step", **line)
+        if training.closing(training.step) and training.step < total:
+            if interruption.asked or time.perf_counter() - run.saved_at >= 60 * args.save_every:
+                run.save(training.state())
+            interruption.check(run.folder)
 
 
 def describe_gradients(mean):
@@ -414,6 +492,10 @@ def get_parser():
     group.add_argument("--amp", action="store_true", help="the encoder in bfloat16 (CUDA, or a CPU with avx512_bf16)")
     group.add_argument("--name", default=None,
                        help="the run's folder in runs/, or a path (default: what the run is, and the time)")
+    group.add_argument("--resume", default=None, metavar="RUN",
+                       help="go on with a run that was stopped or killed, with the flags it had")
+    group.add_argument("--save_every", type=number(float, 0), default=5.0, metavar="MINUTES",
+                       help="how often the state to go on from is saved; after each epoch it always is")
     group = parser.add_argument_group("data")
     group.add_argument("--data_dir", type=Path, default=None, help="folder with the course's files (default: data/ once "
                        "`python data/download.py` has filled it, the demo sets in data/demo/ until then)")
@@ -428,7 +510,10 @@ def get_parser():
 
 def resolve(argv):
     """The flags, checked against each other, with every default filled in. Raises InputError."""
-    args = get_parser().parse_args(argv)
+    args, args_of_run = get_parser().parse_args(argv), resumed(resolve, argv)
+    if args_of_run:
+        return args_of_run
+    args.argv = argv  # for --resume
     args.tasks = task_names(args.tasks)
     args.score_also = task_names(args.score_also, "--score_also") if args.score_also is not None else []
     args.trained = [*args.tasks, *args.aux]
@@ -554,7 +639,7 @@ def output_paths(args, paths):
 
 def main(argv=None):
     """Train as the flags say."""
-    args = resolve(argv)
+    args = resolve(sys.argv[1:] if argv is None else list(argv))
     join_processes(args.device)
     rank, _ = rank_and_world()
     with contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext():
@@ -586,14 +671,14 @@ def train_and_predict(args, rank):
         print(f"{task}: trained on {len(data[task]['train'])} of its {size} rows")
     model = MultitaskBERT(bert, {name: splits["train"].task for name, splits in data.items()}, args.pair_head,
                           args.pooling, args.hidden_dropout_prob, args.option, args.amp, args.sst_loss, args.pal)
-    if args.init_from:
+    if args.init_from and not args.resume:
         model.take_over(args.init_from)
     model.to(args.device)
     if distributed.is_initialized():
         for tensor in model.state_dict().values():
             distributed.broadcast(tensor, src=0)
     folder = HERE / "runs" / args.name
-    run = Run(folder, vars(args)) if rank == 0 else None
+    run = Run(folder, vars(args), args.resume, writes=rank == 0)
     best = train(args, model, data, run, encoder_folder)
 
     if distributed.is_initialized():

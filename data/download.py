@@ -39,10 +39,20 @@ class InputError(ValueError):
 
 
 def write_whole(path, write):
-    """Write a file whole or not at all: write(temporary path in the same folder), then rename."""
+    """Write a file whole or not at all: write(temporary path in the same folder), flush, then rename.
+
+    Raises OSError with one line that names the file: a full disk, say. What was there before is then untouched.
+    """
     part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except Exception as error:  # torch and safetensors have exceptions of their own for a full disk
+        part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        raise OSError(f"{path} cannot be written ({reason}); what was there before is untouched") from error
 
 
 def fetch_file(url, path):

@@ -9,6 +9,7 @@ malformed rows are counted and shown, and more than 1 % of them stops the run.
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -274,6 +275,20 @@ def load_data(paths, encoder_folder, config, cross, skip_malformed):
                       for split, path in splits.items()}
         print(f"{task}: " + ", ".join(f"{len(examples)} {split}" for split, examples in data[task].items()) + " rows")
     return data
+
+
+def digest(data):
+    """A fingerprint of tokens and labels of {task: {split: Examples}}: of what a run that goes on must find again."""
+    total = hashlib.blake2b(digest_size=16)
+    for task, splits in data.items():
+        for split, examples in splits.items():
+            total.update(f"{task} {split} {len(examples)}".encode())
+            for row in examples.tokens:
+                for ids, _ in row:
+                    total.update(ids.tobytes())
+            if examples.labels is not None:
+                total.update(examples.labels.tobytes())
+    return total.hexdigest()
 
 
 if __name__ == "__main__":
