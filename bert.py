@@ -10,13 +10,14 @@ published BERT checkpoint loads through one table of names, and is saved in the 
 Dimensions: B sequences in the batch, L tokens in the longest, T real tokens in the batch, H hidden size.
 """
 import dataclasses
+import hashlib
 import json
 import pickle
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -56,14 +57,14 @@ class BertConfig:
     initializer_range: float = 0.02
 
     @classmethod
-    def from_folder(cls, folder):
+    def from_folder(cls, folder, model_type="bert"):
         """Read folder/config.json. Raises InputError where it is missing, broken, or describes another architecture."""
         path = Path(folder) / "config.json"
         try:
             fields = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: cannot be read ({type(error).__name__}); a BERT folder has a config.json") from None
-        for name, ours in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        for name, ours in (("model_type", model_type), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
             if fields.get(name, ours) != ours:
                 raise InputError(f"{path}: {name} is {fields[name]!r}, and this encoder has {ours!r} only")
         config = cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields})
@@ -77,8 +78,8 @@ class BertConfig:
                              f"num_attention_heads {config.num_attention_heads}")
         return config
 
-    def save(self, folder):
-        fields = {"architectures": ["BertModel"], "model_type": "bert", "hidden_act": "gelu",
+    def save(self, folder, model_type="bert"):
+        fields = {"architectures": ["BertModel"], "model_type": model_type, "hidden_act": "gelu",
                   "attention_probs_dropout_prob": 0.0, "pad_token_id": 0, **dataclasses.asdict(self)}
         write_whole(Path(folder) / "config.json",
                 lambda path: path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8"))
@@ -177,15 +178,15 @@ class BertModel(nn.Module):
                 "pooler_output": self.pool(packing.first(hidden_states))}
 
     @classmethod
-    def from_pretrained(cls, name_or_folder=DEFAULT_ENCODER, elsewhere=()):
+    def from_pretrained(cls, name_or_folder=DEFAULT_ENCODER, elsewhere=(), model_type="bert"):
         """A published checkpoint: a folder, the default encoder's name, or a model of the Hugging Face hub.
 
         Raises InputError where a tensor of the encoder is missing or misshapen, or where the files cannot be read. A
         missing pooler is initialised afresh, and tensors that no encoder has (an MLM head, say) are left; both are said.
-        elsewhere: published names of tensors that the caller reads by itself.
+        elsewhere: names of tensors that the caller reads by itself. model_type: what its config.json must say.
         """
         folder = fetch_encoder(str(name_or_folder))
-        model = cls(BertConfig.from_folder(folder))
+        model = cls(BertConfig.from_folder(folder, model_type))
         path, published = read_checkpoint(folder)
         own, extra = model.state_dict(), []
         found = {}
@@ -212,21 +213,23 @@ class BertModel(nn.Module):
         model.load_state_dict(found, strict=False)
         return model
 
-    def save_pretrained(self, folder, vocabulary=None, head=None):
-        """Write config.json and model.safetensors with the published names.
+    def save_pretrained(self, folder, vocabulary=None, head=None, model_type="bert"):
+        """Write config.json and model.safetensors with the published names, and a digest by which damage is noticed.
 
-        vocabulary: the folder whose vocab.txt goes along. head: {published name: tensor} to stand beside the encoder.
+        vocabulary: the folder whose vocab.txt goes along. head: {name: tensor} to stand beside the encoder. model_type:
+        for config.json; another one than "bert" where the encoder alone is not the model.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.save(folder)
+        self.config.save(folder, model_type)
         for name in ("vocab.txt", "tokenizer_config.json"):
             if vocabulary and (vocabulary / name).exists():
                 write_whole(folder / name, lambda path: shutil.copyfile(vocabulary / name, path))
         prefix = "bert." if head else ""  # as published: the names of an encoder with a head beside it have the prefix
         tensors = {prefix + published_name(name): tensor.contiguous() for name, tensor in self.state_dict().items()}
         tensors.update(head or {})
-        write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        metadata = {"format": "pt", "blake2b": digest(tensors)}
+        write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
 
 
 def our_name(published):
@@ -244,9 +247,27 @@ def published_name(name):
     return name
 
 
+def digest(tensors):
+    """Of names and numbers."""
+    total = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def read_safetensors(path):
+    with safe_open(path, "pt") as file:
+        expected = (file.metadata() or {}).get("blake2b")
+    tensors = load_file(path)
+    if expected and digest(tensors) != expected:
+        raise ValueError("some of its numbers are not those that were saved")
+    return tensors
+
+
 def read_checkpoint(folder):
     """(path, {published name: tensor}) of a folder's model.safetensors, or of its pytorch_model.bin without running it."""
-    for name, read in (("model.safetensors", load_file),
+    for name, read in (("model.safetensors", read_safetensors),
                        ("pytorch_model.bin", lambda path: torch.load(path, map_location="cpu", weights_only=True))):
         path = Path(folder) / name
         if path.exists():

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -91,10 +92,13 @@ class Run:
 def read_last(path):
     """What a last.pt holds; None where there is none yet. Raises InputError where it is damaged, or would run code."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch's format; torch itself does not look at the checksums in it
+            if archive.testzip():
+                raise ValueError
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as tensors and plain values ({type(error).__name__}); it is damaged, or "
                          "holds more than that") from None
 

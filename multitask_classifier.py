@@ -24,22 +24,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from attention import ProjectedAttention, to_device
-from bert import BertModel
+from bert import BertModel, read_checkpoint
 from checkpoint import (Interruption, Meter, Parser, Run, RunFailed, autocast, exit_status, for_each, get_device,
                         join_processes, mean_of, named_values, names, number, one_of, per_task, plot_curves,
                         rank_and_world, resumed, settings)
 from data.batches import ONE_TASK_A_STEP, SCHEDULES, Schedule, collate, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, write_whole
-from data.tasks import TASKS, auxiliary, digest, load_data, locate, task_names
-from evaluation import (decide, describe, describe_confusion, evaluate, predict, selection, write_errors,
-                        write_predictions)
+from data.tasks import TASKS, auxiliary, digest, load_data, load_tokenizer, locate, task_names
+from evaluation import (answers, checked_rows, decide, describe, describe_answer, describe_confusion, evaluate, predict,
+                        read_input, selection, write_errors, write_predictions)
 from optimizer import AdamW, learning_rate, parameter_groups
 from pcgrad import GradientBuffer, diagnostics
 from smart import Proximal, Smoothness
@@ -48,6 +46,7 @@ HERE = Path(__file__).resolve().parent
 PAIR_HEADS = ("cross", "uv", "uv_diff", "cosine")
 DEFAULT_BATCH_SIZE = {"sst": 16, "para": 32, "sts": 12, "cfimdb": 8}
 SST_LOSSES = {"ce": None, "oll1": 1.0, "oll1.5": 1.5, "oll2": 2.0}  # ordinal log loss: its alpha
+MODEL_WITH_PAL = "bert_with_pal"  # in config.json: transformers shall not take the encoder for the whole
 LOG_EVERY = 10  # steps between two step lines of metrics.jsonl
 
 
@@ -177,8 +176,7 @@ class MultitaskBERT(nn.Module):
 
     def save(self, folder, encoder_folder):
         """The encoder in the published layout with its vocabulary, and heads and projected attention layers beside it."""
-        self.bert.save_pretrained(folder, encoder_folder)
-        write_whole(folder / "heads.safetensors", lambda path: save_file(self.own_state(), path))
+        self.bert.save_pretrained(folder, encoder_folder, self.own_state(), MODEL_WITH_PAL if self.pal else "bert")
 
     def take_over(self, folder):
         """The heads, and the projected attention layers, of an earlier run, where both have them. Raises InputError."""
@@ -202,24 +200,25 @@ class MultitaskBERT(nn.Module):
         try:
             tasks = {name: TASKS.get(name) or replace(auxiliary(name), top=len(tensors[f"heads.{name}.linear.bias"]) - 1)
                      for name in [*args["trained"], *args["score_also"]]}
-            model = cls(BertModel.from_pretrained(folder), tasks, args["pair_head"], args["pooling"],
-                        args["hidden_dropout_prob"], args["option"], args["amp"], args["sst_loss"], args["pal"])
-            own = {name for name in model.state_dict() if not name.startswith("bert.")}
-            if own != tensors.keys():
-                raise ValueError(f"heads.safetensors has other tensors than its flags ask for: {sorted(own ^ tensors.keys())}")
+            bert = BertModel.from_pretrained(folder, tensors, MODEL_WITH_PAL if args["pal"] else "bert")
+            model = cls(bert, tasks, args["pair_head"], args["pooling"], args["hidden_dropout_prob"], args["option"],
+                        args["amp"], args["sst_loss"], args["pal"])
+            if model.own_state().keys() != tensors.keys():
+                raise ValueError(f"it has not the tensors its flags ask for: {sorted(model.own_state().keys() ^ tensors)}")
             model.load_state_dict(tensors, strict=False)
+            model.tokenizer = load_tokenizer(folder)  # for evaluation.answers
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})") from error
         return model.eval()
 
 
 def read_run(folder):
-    """(flags, tensors of heads.safetensors) of a run. Raises InputError where the folder is not a run's."""
+    """(flags, tensors beside the encoder's) of a run. Raises InputError where the folder is not a run's."""
     try:
         args = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
-        return args, load_file(Path(folder) / "heads.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})") from error
+    return args, {name: x for name, x in read_checkpoint(folder)[1].items() if name.startswith(("heads.", "pal."))}
 
 
 # ---------------------------------------------------------------- training
@@ -496,6 +495,12 @@ def get_parser():
                        help="go on with a run that was stopped or killed, with the flags it had")
     group.add_argument("--save_every", type=number(float, 0), default=5.0, metavar="MINUTES",
                        help="how often the state to go on from is saved; after each epoch it always is")
+    group = parser.add_argument_group("use of a run, without training")
+    group.add_argument("--predict", nargs="+", metavar=("RUN", "SENTENCE"),
+                       help="the sentiment of a sentence; with a second one paraphrase and similarity too. JSON lines where "
+                            "the output is no terminal")
+    group.add_argument("--input", metavar="FILE", help="with --predict RUN: a sentence a line, or two with a tab between; "
+                       "- for standard input")
     group = parser.add_argument_group("data")
     group.add_argument("--data_dir", type=Path, default=None, help="folder with the course's files (default: data/ once "
                        "`python data/download.py` has filled it, the demo sets in data/demo/ until then)")
@@ -514,6 +519,13 @@ def resolve(argv):
     if args_of_run:
         return args_of_run
     args.argv = argv  # for --resume
+    if args.predict:
+        if (len(args.predict) > 1) == (args.input is not None):
+            raise InputError("--predict RUN: give one or two sentences, or --input FILE (- for standard input)")
+        args.device = get_device(args.use_gpu, amp=False)
+        return args
+    if args.input is not None:
+        raise InputError("--input: only with --predict RUN")
     args.tasks = task_names(args.tasks)
     args.score_also = task_names(args.score_also, "--score_also") if args.score_also is not None else []
     args.trained = [*args.tasks, *args.aux]
@@ -638,12 +650,23 @@ def output_paths(args, paths):
 
 
 def main(argv=None):
-    """Train as the flags say."""
+    """Train as the flags say, or answer with what was trained."""
     args = resolve(sys.argv[1:] if argv is None else list(argv))
+    if args.predict:
+        answer(args)
+        return
     join_processes(args.device)
     rank, _ = rank_and_world()
     with contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext():
         train_and_predict(args, rank)
+
+
+def answer(args):
+    run, *sentences = args.predict
+    rows = read_input(args.input) if args.input else checked_rows([sentences], "--predict")
+    model = MultitaskBERT.load(run).to(args.device)
+    for row, made in zip(rows, answers(model, rows)):
+        print(describe_answer(row, made) if sys.stdout.isatty() else json.dumps({"text": row, **made}, ensure_ascii=False))
 
 
 def train_and_predict(args, rank):

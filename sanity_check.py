@@ -20,6 +20,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def trained(*flags, **kwargs):
     """The tensors a run leaves: encoder and heads."""
     status, said, folder = run(*flags, **kwargs)
     assert status == 0, said
-    return {**load_file(folder / "model.safetensors"), **load_file(folder / "heads.safetensors")}
+    return load_file(folder / "model.safetensors")
 
 
 def same(a, b):
@@ -1214,7 +1215,7 @@ def test_each_flag_changes_the_run():
     assert all((measured[name] - base[name]).abs().max() < 1e-6 for name in base)
     frozen = trained(steps=3, option="pretrain")
     encoder = load_file(workspace() / "tiny" / "model.safetensors")
-    assert all(torch.equal(frozen[name], encoder[name]) for name in encoder)
+    assert all(torch.equal(frozen["bert." + name], encoder[name]) for name in encoder)
     assert not torch.equal(frozen["heads.sst.linear.weight"], base["heads.sst.linear.weight"])
 
 
@@ -1279,7 +1280,7 @@ def test_the_best_epoch_is_kept():
     with mock.patch.object(multitask_classifier, "evaluate", evaluate):
         status, said, folder = run("--epochs", 3)
     assert status == 0 and "best epoch 2" in said, said
-    saved = load_file(folder / "model.safetensors")["embeddings.position_embeddings.weight"]
+    saved = load_file(folder / "model.safetensors")["bert.embeddings.position_embeddings.weight"]
     assert torch.equal(saved, encoders[1]) and not torch.equal(saved, encoders[2])
     last = torch.load(folder / "last.pt", weights_only=True)
     assert last["epoch"] == 3 and torch.equal(last["model"]["bert.pos_embedding.weight"], encoders[2])
@@ -1541,8 +1542,8 @@ def test_auxiliary_tasks_and_tasks_without_training():
     assert set(last["dev"]) == {"sst", "para", "sts"} and "stars" in last["train"]
     assert set(read_metrics(folder, "step")[-1]["losses"]) == {"sst", "para", "sts", "stars"}
     assert MultitaskBERT.load(folder).tasks["stars"].num_outputs == 5  # labels 0..4 are in the file
-    assert not same(trained("--batch_size", 4, steps=3), {name: tensor for name, tensor in {
-        **load_file(folder / "model.safetensors"), **load_file(folder / "heads.safetensors")}.items() if "stars" not in name})
+    assert not same(trained("--batch_size", 4, steps=3), {
+        name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "stars" not in name})
     # a baseline: trained on one task, scored on all; the other heads stay as they were drawn
     status, said, folder = run("--tasks", "sst", "--score_also", "para,sts", "--pair_head", "uv", "--epochs", 2, steps=3)
     assert status == 0, said
@@ -1551,15 +1552,16 @@ def test_auxiliary_tasks_and_tasks_without_training():
     best = max(evaluations, key=lambda line: line["dev"]["sst"])
     assert f"best epoch {best['epoch']}:" in said, "chosen by the task that is trained"
     drawn = {name: p for name, p in torch.load(folder / "last.pt", weights_only=True)["model"].items() if "para" in name}
-    kept = load_file(folder / "heads.safetensors")
+    kept = load_file(folder / "model.safetensors")
     assert all(torch.equal(drawn[name], kept[name]) for name in drawn) and drawn
 
 
 def test_heads_are_taken_over():
     status, said, source = run("--pair_head", "cross", "--tasks", "sst,sts", option="pretrain", steps=4)
     assert status == 0, said
-    theirs = load_file(source / "heads.safetensors")
+    theirs = {name: x for name, x in load_file(source / "model.safetensors").items() if name.startswith("heads.")}
     still = trained("--pair_head", "cross", "--init_from", source, "--lr", 0)
+    assert len(theirs) == 4
     assert all(torch.equal(still[name], tensor) for name, tensor in theirs.items())
     status, said, folder = run("--pair_head", "cross", "--init_from", source, "--pal", "size=8", "--epochs", 1)
     assert status == 0 and "new are heads.para, pal.sst, pal.para, pal.sts" in said, said
@@ -1679,7 +1681,7 @@ def test_a_run_leaves_what_it_promises():
     status, said, folder = run("--epochs", 2, "--pair_head", "para=cosine,sts=uv_diff", steps=2)
     assert status == 0, said
     files = {path.name for path in folder.iterdir()}
-    assert files == {"args.json", "metrics.jsonl", "config.json", "model.safetensors", "vocab.txt", "heads.safetensors",
+    assert files == {"args.json", "metrics.jsonl", "config.json", "model.safetensors", "vocab.txt",
                      "last.pt", "curves.png", "errors.csv", "predictions"}, files
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["step", "evaluation"] * 2
@@ -1698,10 +1700,13 @@ def test_a_run_leaves_what_it_promises():
         tokenize(examples, tokenizer, 64, cross=False)
         assert np.abs(evaluation.decide(TASKS[task], evaluation.predict(model, task, examples)) - predictions).max() < 1e-5
     raises(InputError, "not a run", MultitaskBERT.load, workspace() / "tiny")
-    cut, other = (folder / "heads.safetensors").read_bytes()[:-9], (folder / "model.safetensors").read_bytes()
-    for damage in (b"", cut, other):
-        (folder / "heads.safetensors").write_bytes(damage)
-        raises(InputError, "not a run", MultitaskBERT.load, folder)
+    whole, other = (folder / "model.safetensors").read_bytes(), (workspace() / "tiny" / "model.safetensors").read_bytes()
+    flipped = bytearray(whole)
+    flipped[-5000] ^= 1  # one bit of one number
+    for damage, reason in ((b"", "is damaged"), (whole[:-9], "is damaged"), (bytes(flipped), "is damaged"),
+                           (other, "not a run")):
+        (folder / "model.safetensors").write_bytes(damage)
+        raises(InputError, reason, MultitaskBERT.load, folder)
 
 
 def test_a_small_batch_is_learnt_by_heart():
@@ -1846,6 +1851,224 @@ def test_bad_input_gives_one_line_and_status_2():
     status, said, folder = run("--data_dir", broken)
     assert status == 0 and "so no predictions for sts test" in said  # an optional file: said, and the run goes on
     assert not (folder / "predictions" / "sts-test-output.csv").exists()
+
+
+RESUMED = [  # settings that keep something from step to step
+    ["--pcgrad", "--accumulate", "2"], ["--gradvac", "--schedule", "mixed"], ["--smart", "--proximal"],
+    ["--pal", "size=8", "--schedule", "mtdnn", "--upsample"], ["--schedule", "annealed", "--gradvac", "--accumulate", "3"],
+    ["--schedule", "sequential", "--optimizer_per_task"], ["--option", "pretrain", "--pair_head", "cross"],
+    ["--aux", "stars=DATA/stars-train.csv", "--sst_loss", "oll1.5", "--limit", "0.5"]]
+
+
+def resumable(flags):
+    """Flags of a run of two epochs of seven steps that is saved after every optimizer step."""
+    root = workspace()
+    flags = [flag.replace("DATA", str(root / "data")) for flag in flags]
+    return ["--option", "finetune", "--model", root / "tiny", "--data_dir", root / "data", "--epochs", 2, "--epoch_length", 7,
+            "--batch_size", 4, "--save_every", 0, *flags]
+
+
+def remains(folder):
+    """What a run left, apart from its speed: all metrics, the final and the best weights, the predictions."""
+    metrics = [{key: value for key, value in line.items() if not key.endswith("_per_second")}
+               for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+    last = torch.load(folder / "last.pt", weights_only=True)["model"]
+    files = {path.name: path.read_bytes() for path in [*(folder / "predictions").iterdir(), folder / "errors.csv"]}
+    return metrics, {**load_file(folder / "model.safetensors"), **{f"last {name}": x for name, x in last.items()}}, files
+
+
+def equal(folder, other):
+    (metrics, weights, files), (metrics_2, weights_2, files_2) = remains(folder), remains(other)
+    return metrics == metrics_2 and same(weights, weights_2) and files == files_2
+
+
+class Killed(BaseException):
+    """Nothing of the program runs after it, as after kill -9."""
+
+
+def quietly(main, *flags):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = exit_status(main, list(map(str, flags)))
+    return status, said.getvalue()
+
+
+def test_a_killed_run_goes_on_to_the_same_bits():
+    generator, real = random.Random(0), multitask_classifier.Training.train_step
+    for n, flags in enumerate(RESUMED):
+        whole, killed = (workspace() / "runs" / f"resumed-{n}-{kind}" for kind in ("whole", "killed"))
+        assert quietly(multitask_classifier.main, *resumable(flags), "--name", whole)[0] == 0
+        for attempt, flags_now in enumerate(([*resumable(flags), "--name", killed], ["--resume", killed])):
+            left = [generator.randrange(1 + attempt, 6)]  # steps until it is killed, twice
+
+            def train_step(training, batches):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                real(training, batches)
+
+            with mock.patch.object(multitask_classifier.Training, "train_step", train_step):
+                try:
+                    quietly(multitask_classifier.main, *flags_now)
+                    raise AssertionError("not killed")
+                except Killed:
+                    pass
+            with open(killed / "metrics.jsonl", "a") as file:
+                file.write('{"kind": "step", "torn')  # what was written after the last save is cut off
+        status, said = quietly(multitask_classifier.main, "--resume", killed)
+        assert status == 0 and equal(whole, killed), (flags, said)
+    before = remains(whole)
+    assert quietly(multitask_classifier.main, "--resume", whole)[0] == 0 and remains(whole)[0] == before[0]  # a finished one
+
+
+def test_kill_9_at_twenty_random_moments():
+    if not FULL:
+        raise SkipTest("with --full")
+    generator = random.Random(1)
+    script = [sys.executable, multitask_classifier.__file__]
+    undisturbed = {}
+    for n in range(20):
+        flags = RESUMED[n % len(RESUMED)]
+        whole, killed = (workspace() / "runs" / f"kill9-{kind}" for kind in (f"{n % len(RESUMED)}-whole", f"{n}-killed"))
+        command = [*map(str, [*script, *resumable(flags), "--epochs", 4])]
+        if n % len(RESUMED) not in undisturbed:
+            start = time.perf_counter()
+            subprocess.run([*command, "--name", str(whole)], check=True, capture_output=True)
+            undisturbed[n % len(RESUMED)] = time.perf_counter() - start
+        process = subprocess.Popen([*command, "--name", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not killed.exists():
+            time.sleep(0.01)
+        time.sleep(generator.random() * 0.4 * undisturbed[n % len(RESUMED)])
+        process.kill()
+        process.wait()
+        subprocess.run([*script, "--resume", str(killed)], check=True, capture_output=True)
+        assert equal(whole, killed), flags
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on():
+    real = multitask_classifier.Training.train_step
+    flags = resumable(["--accumulate", "3", "--save_every", "100"])
+    whole, stopped = (workspace() / "runs" / f"ctrl-c-{kind}" for kind in ("whole", "stopped"))
+    assert quietly(multitask_classifier.main, *flags, "--name", whole)[0] == 0
+
+    def press(at):
+        def train_step(training, batches):
+            real(training, batches)
+            if training.steps() in at:
+                signal.raise_signal(signal.SIGINT)
+        return mock.patch.object(multitask_classifier.Training, "train_step", train_step)
+
+    for at in ((8,), (12,)):
+        with press(at):
+            status, said = quietly(multitask_classifier.main, *(
+                ["--resume", stopped] if stopped.exists() else [*flags, "--name", stopped]))
+        assert status == 130 and "--resume" in said.splitlines()[-1] and "Traceback" not in said, said
+        assert torch.load(stopped / "last.pt", weights_only=True)["step"] in (3, 6), "the optimizer step was made"
+    assert quietly(multitask_classifier.main, "--resume", stopped)[0] == 0 and equal(whole, stopped)
+    with press((8, 9)):  # a second one does not wait
+        status, said = quietly(multitask_classifier.main, *flags, "--name", str(stopped) + "-at-once")
+    assert status == 130 and "stopped at once" in said, said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_cannot_be_resumed_says_why():
+    root = workspace()
+    folder = root / "runs" / "to-resume"
+    flags = resumable([])
+    assert quietly(multitask_classifier.main, *flags, "--name", folder)[0] == 0
+
+    def refused(part, *more, folder=folder):
+        status, said = quietly(multitask_classifier.main, "--resume", folder, *more)
+        assert status == 2 and part in said.splitlines()[-1] and "Traceback" not in said, said
+
+    assert quietly(multitask_classifier.main, "--resume", folder, "--epochs", 2)[0] == 0  # as it was
+    refused("--lr is 0.0001 in the run", "--lr", 1e-3)
+    refused("--epochs is 2 in the run", "--epochs", 3)
+    refused("no run to go on with", folder=root / "nowhere")
+    refused("no run to go on with", folder=root / "tiny")
+    whole = (folder / "last.pt").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damage in (b"", whole[:-1000], bytes(flipped), b"x" * 5000):
+        (folder / "last.pt").write_bytes(damage)
+        refused("damaged")
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(root / "it-ran"), "w"))
+
+    torch.save({"model": Payload()}, folder / "last.pt")
+    refused("holds more than that")
+    assert not (root / "it-ran").exists()
+    (folder / "last.pt").write_bytes(whole)
+    lines = (folder / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl").write_bytes(lines[:40])
+    refused("metrics.jsonl is shorter")
+    (folder / "metrics.jsonl").write_bytes(lines)
+    path = root / "data" / "ids-sst-train.csv"
+    kept = path.read_text(encoding="utf-8")
+    try:
+        path.write_text(kept.replace(" film", " movie"), encoding="utf-8")
+        refused("not those that the run was started with")
+    finally:
+        path.write_text(kept, encoding="utf-8")
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint():
+    """/dev/full has no room: writing the temporary file fails, and what was there stays."""
+    real = torch.save
+    folder = workspace() / "runs" / "full-disk"
+    flags, saves = resumable([]), []
+
+    def save(state, path):
+        saves.append(path)
+        if len(saves) == 4:
+            with open("/dev/full", "wb") as full:
+                full.write(b"x" * 100000)
+        real(state, path)
+
+    with mock.patch.object(torch, "save", save):
+        status, said = quietly(multitask_classifier.main, *flags, "--name", folder)
+    assert status == 1 and "No space left on device" in said.splitlines()[-1] and "Traceback" not in said, said
+    assert not list(folder.glob("*.part")) and torch.load(folder / "last.pt", weights_only=True)["step"] == 3
+    assert quietly(multitask_classifier.main, "--resume", folder)[0] == 0
+    whole = workspace() / "runs" / "full-disk-whole"
+    assert quietly(multitask_classifier.main, *flags, "--name", whole)[0] == 0 and equal(whole, folder)
+
+
+def test_a_run_answers():
+    status, said, folder = run("--pair_head", "para=cross,sts=cosine")
+    assert status == 0, said
+    model = MultitaskBERT.load(folder)
+    first, second = "A quiet film.", "A loud film \U0001f3ac \u05e9\u05dc\u05d5\u05dd"
+    made = evaluation.answers(model, [(first,), (first, second), (second,), ("word " * 30000,)])
+    assert [sorted(answer) for answer in made] == [["sst"], ["para", "sst", "sts"], ["sst"], ["sst"]]
+    assert all(abs(sum(answer["sst"]) - 1) < 1e-3 for answer in made) and made[0]["sst"] == made[1]["sst"]
+    assert 0 <= made[1]["para"] <= 1 and 0 <= made[1]["sts"] <= 5
+
+    def answered(*flags):
+        status, said = quietly(multitask_classifier.main, "--predict", *flags)
+        assert "Traceback" not in said
+        return status, said
+
+    status, said = answered(folder, first, second)
+    assert status == 0 and json.loads(said) == {"text": [first, second], **made[1]}
+    path = workspace() / "input.txt"
+    path.write_bytes(f"\ufeff{first}\t{second}\r\n{second}".encode())
+    status, said = answered(folder, "--input", path)
+    assert [json.loads(line)["sst"] for line in said.splitlines()] == [made[1]["sst"], made[2]["sst"]], said
+    with mock.patch.object(sys, "stdin", mock.Mock(buffer=io.BytesIO(first.encode()))):
+        assert json.loads(answered(folder, "--input", "-")[1])["sst"] == made[0]["sst"]
+    for content, part in ((b"good\n\nbad", "line 2: a sentence is empty"), (b"a\tb\tc", "line 1: 3 sentences"),
+                          (b"good\nb\xff", "line 2: byte 0xff"), (b"", "no line of text"), (b"a\0b", "a NUL byte")):
+        path.write_bytes(content)
+        status, said = answered(folder, "--input", path)
+        assert status == 2 and part in said, said
+    for flags, part in (((folder,), "give one or two sentences"), ((folder, "a", "--input", path), "give one or two"),
+                        ((folder, "a", "b", "c"), "3 sentences"), ((workspace() / "tiny", "a"), "not a run"),
+                        ((folder, " "), "a sentence is empty"), ((folder, "--input", "/nowhere"), "cannot be read")):
+        status, said = answered(*flags)
+        assert status == 2 and part in said, said
 
 
 # ---------------------------------------------------------------- pretrain_mlm.py

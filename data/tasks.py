@@ -120,7 +120,8 @@ def read_examples(path, task, labelled=True, skip_malformed=False):
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: {first_bad_byte(path)}; save the file as UTF-8") from None
+        # the reader decodes in blocks, so that its own error says where in a block, not in the file
+        raise InputError(f"{path}: {first_bad_byte(path.read_bytes())}; save the file as UTF-8") from None
     except csv.Error as error:
         raise InputError(f"{path}: the row that starts in line {line} is not tab-separated text as the csv format has it "
                          f"({error}); is a quote left open, or not doubled?") from None
@@ -145,6 +146,8 @@ def fault(row, fields, header, task, labelled):
     for column in task.text_columns:
         if not row[column].strip():
             return f"{column} is empty"
+        if "\0" in row[column]:
+            return f"{column} holds a NUL byte"
     if labelled:
         text = row[task.label_column].strip()
         try:
@@ -159,8 +162,7 @@ def fault(row, fields, header, task, labelled):
     return None
 
 
-def first_bad_byte(path):
-    raw = path.read_bytes()  # the reader decodes in blocks, so that its own error says where in a block, not in the file
+def first_bad_byte(raw):
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError as error:
