@@ -88,6 +88,9 @@ class Run:
             write_whole(self.folder / "last.pt", lambda path: torch.save(state, path))
         self.saved_at = time.perf_counter()
 
+    def due(self, minutes):  # that long since the last save
+        return time.perf_counter() - self.saved_at >= 60 * minutes
+
 
 def read_last(path):
     """What a last.pt holds; None where there is none yet. Raises InputError where it is damaged, or would run code."""
@@ -103,9 +106,9 @@ def read_last(path):
                          "holds more than that") from None
 
 
-def resumed(resolve, argv):
+def resumed(resolve, argv, folder_flag):
     """The flags of the run that --resume names, resolved, or None where argv has no --resume. Raises InputError where
-    argv has other flags that contradict the run's."""
+    argv has other flags that contradict the run's. folder_flag: which names the run's folder, --name or --out."""
     parser = Parser(add_help=False)
     parser.add_argument("--resume")
     known, argv = parser.parse_known_args(argv)
@@ -114,7 +117,7 @@ def resumed(resolve, argv):
         return None
     try:
         args = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
-        of_run = [*map(str, args["argv"]), "--name", str(Path(folder).absolute())]
+        of_run = [*map(str, args["argv"]), folder_flag, str(Path(folder).absolute())]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {folder}: no run to go on with ({type(error).__name__} in its args.json)") from None
     args, other = resolve(of_run), resolve([*of_run, *argv])

@@ -398,7 +398,7 @@ def train_epoch(args, training, run, interruption):
             bar.set_postfix_str(f"{shown}, {line['tokens_per_second']} tokens/s")
             run.log("step", **line)
         if training.closing(training.step) and training.step < total:
-            if interruption.asked or time.perf_counter() - run.saved_at >= 60 * args.save_every:
+            if interruption.asked or run.due(args.save_every):
                 run.save(training.state())
             interruption.check(run.folder)
 
@@ -515,7 +515,7 @@ def get_parser():
 
 def resolve(argv):
     """The flags, checked against each other, with every default filled in. Raises InputError."""
-    args, args_of_run = get_parser().parse_args(argv), resumed(resolve, argv)
+    args, args_of_run = get_parser().parse_args(argv), resumed(resolve, argv, "--name")
     if args_of_run:
         return args_of_run
     args.argv = argv  # for --resume

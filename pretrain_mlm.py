@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 from attention import to_device
 from bert import BertModel, read_checkpoint
-from checkpoint import Meter, Parser, Run, RunFailed, autocast, exit_status, get_device, number, plot_losses
+from checkpoint import (Interruption, Meter, Parser, Run, RunFailed, autocast, exit_status, get_device, number,
+                        plot_losses, resumed)
 from data.batches import Stream, collate, evaluation_batches, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder
-from data.tasks import TASKS, Examples, load_tokenizer, locate, read_examples, task_names, tokenize
+from data.tasks import TASKS, Examples, digest, load_tokenizer, locate, read_examples, task_names, tokenize
 from optimizer import AdamW, learning_rate, parameter_groups
 
 SHARE = 0.15  # of a sequence's tokens are predicted
@@ -192,20 +193,33 @@ def evaluate(model, held_out, vocabulary, args):
     return total / count
 
 
-def train(args, model, text, held_out, vocabulary, run, encoder_folder):
-    """args.epochs passes over the text. Saves the epoch that is best on the held-out text."""
+def train(args, model, text, held_out, vocabulary, run, encoder_folder, interruption):
+    """args.epochs passes over the text, from where `run` stopped if it did. Saves the epoch that is best on the held-out
+    text."""
     stream = Stream(len(text.tokens), args.batch_size, args.seed, "text")
     steps_per_epoch = args.epoch_length or stream.batches
     updates = args.epochs * steps_per_epoch
     optimizer = AdamW(parameter_groups(model.parameters(), args.weight_decay), lr=args.lr)
+    measured, done, fingerprint = Meter(["loss"], model.device), 0, digest({"text": {"train": text, "held out": held_out}})
 
-    best = evaluate(model, held_out, vocabulary, args)
-    print(f"before      held-out loss {best:.3f}, perplexity {math.exp(best):.1f}", flush=True)
-    run.log("evaluation", epoch=0, step=0, loss=best, perplexity=math.exp(best))
-    for epoch in range(args.epochs):
-        measured = Meter(["loss"], model.device)
-        bar = tqdm(range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch), desc=f"epoch {epoch + 1}/{args.epochs}",
-                   unit="step", leave=False)
+    def state():
+        return {"data": fingerprint, "done": done, "best": best, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "measured": measured.state()}
+
+    if run.last:
+        if run.last["data"] != fingerprint:
+            raise InputError("--resume: the text or the vocabulary is not that which the run was started with")
+        done, best = run.last["done"], run.last["best"]
+        model.load_state_dict(run.last["model"])
+        optimizer.load_state_dict(run.last["optimizer"])
+        measured.load_state(run.last["measured"])
+    else:
+        best = evaluate(model, held_out, vocabulary, args)
+        print(f"before      held-out loss {best:.3f}, perplexity {math.exp(best):.1f}", flush=True)
+        run.log("evaluation", epoch=0, step=0, loss=best, perplexity=math.exp(best))
+    for epoch in range(done // steps_per_epoch, args.epochs):
+        bar = tqdm(range(done, (epoch + 1) * steps_per_epoch), desc=f"epoch {epoch + 1}/{args.epochs}",
+                   initial=done % steps_per_epoch, total=steps_per_epoch, unit="step", leave=False)
         for n in bar:
             batch = collate(text, stream.rows(n))
             torch.manual_seed(seed_of(args.seed, "dropout", n))
@@ -220,21 +234,28 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder):
             optimizer.step()
             measured.add("loss", loss, len(targets), int(batch.attention_mask.sum()))
             measured.steps += 1
-            if (n + 1) % LOG_EVERY == 0 or n + 1 == (epoch + 1) * steps_per_epoch:
+            done = n + 1
+            if done % LOG_EVERY == 0 or done % steps_per_epoch == 0:
                 means, speed = measured.read()
                 if not math.isfinite(means["loss"]):
-                    raise RunFailed(f"the loss is {means['loss']} around step {n + 1}; try a lower --lr")
+                    raise RunFailed(f"the loss is {means['loss']} around step {done}; try a lower --lr")
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed['tokens_per_second']} tokens/s")
-                run.log("step", epoch=epoch + 1, step=n + 1, **means, lr=optimizer.param_groups[0]["lr"], **speed)
+                run.log("step", epoch=epoch + 1, step=done, **means, lr=optimizer.param_groups[0]["lr"], **speed)
+            if done % steps_per_epoch and (interruption.asked or run.due(args.save_every)):
+                run.save(state())
+                interruption.check(run.folder)
         loss = evaluate(model, held_out, vocabulary, args)
         improved = loss < best
         best = min(best, loss)
         print(f"epoch {epoch + 1}/{args.epochs}   held-out loss {loss:.3f}, perplexity {math.exp(loss):.1f}"
               f"{'  best so far, saved' if improved else ''}", flush=True)
-        run.log("evaluation", epoch=epoch + 1, step=(epoch + 1) * steps_per_epoch, loss=loss, perplexity=math.exp(loss))
+        run.log("evaluation", epoch=epoch + 1, step=done, loss=loss, perplexity=math.exp(loss))
         if improved:
             model.save_pretrained(run.folder, encoder_folder)
+        measured.clear()
+        run.save(state())
         plot_losses(run.folder)
+        interruption.check(run.folder)
 
 
 @torch.no_grad()
@@ -272,16 +293,29 @@ def get_parser():
     parser.add_argument("--use_gpu", action="store_true", help="train on CUDA, or on MPS of an Apple machine")
     parser.add_argument("--amp", action="store_true", help="in bfloat16 (CUDA, or a CPU with avx512_bf16)")
     parser.add_argument("--out", type=Path, default=None, help="the folder to write, a new one")
+    parser.add_argument("--resume", default=None, metavar="FOLDER", help="go on with a run that was stopped or killed")
+    parser.add_argument("--save_every", type=number(float, 0), default=5.0, metavar="MINUTES",
+                        help="how often the state to go on from is saved; after each epoch it always is")
     parser.add_argument("--fill", nargs="+", metavar="SENTENCE", help="no training: fill the [MASK]s of these sentences")
     return parser
 
 
-def main(argv=None):
-    args = get_parser().parse_args(argv)
-    device = get_device(args.use_gpu, args.amp)
+def resolve(argv):
+    args, args_of_run = get_parser().parse_args(argv), resumed(resolve, argv, "--out")
+    if args_of_run:
+        return args_of_run
+    args.argv = argv  # for --resume
     if not args.fill and not args.out:
         raise InputError("give --out FOLDER to train, or --fill SENTENCE")
     args.tasks = [] if args.text and args.tasks is None else task_names(args.tasks or "sst,para,sts")
+    return args
+
+
+def main(argv=None):
+    args = resolve(sys.argv[1:] if argv is None else list(argv))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("pretraining runs as one process; leave out torchrun")
+    device = get_device(args.use_gpu, args.amp)
     encoder_folder = fetch_encoder(args.model)
     tokenizer = load_tokenizer(encoder_folder)
     vocabulary = Vocabulary.of(tokenizer, encoder_folder)
@@ -294,7 +328,8 @@ def main(argv=None):
         return
     model = MaskedLM.from_pretrained(encoder_folder, args.amp).to(device)
     text, held_out = load_text(args, tokenizer, model.bert.config.max_position_embeddings)
-    train(args, model, text, held_out, vocabulary, Run(args.out, vars(args)), encoder_folder)
+    with Interruption() as interruption:
+        train(args, model, text, held_out, vocabulary, Run(args.out, vars(args), args.resume), encoder_folder, interruption)
     print(f"{os.path.relpath(args.out)}: encoder and masked-LM head, metrics.jsonl, curve.png")
 
 

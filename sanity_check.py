@@ -1029,6 +1029,56 @@ def test_reading_counts_and_names_malformed_rows():
     assert test.ids == ["x"] and test.labels is None
 
 
+def rows_by_quotes(text):
+    """How many rows there are below the header, told from where quotes open and close alone; a blank line is no row."""
+    count, inside, before, empty = 0, False, "\n", True  # a quote opens at the start of a field, and closes anywhere
+    for c in text.replace("\r\n", "\n").replace("\r", "\n") + "\n":
+        if c == '"' and (inside or before in "\t\n"):
+            inside = not inside  # a doubled one closes and opens
+            before = "\t" if not inside else c
+        else:
+            before = c
+        if c == "\n" and not inside:
+            count, empty = count + (not empty), True
+        else:
+            empty = False
+    return count - 1
+
+
+def test_two_thousand_mutated_files_lose_no_row():
+    generator = random.Random(0)
+    originals = [(TASKS[name], (DEMO / TASKS[name].filename("train")).read_bytes().split(b"\n")[:121])
+                 for name in ("sst", "para", "sts")]
+    path, read, refused = workspace() / "mutated.csv", 0, 0
+    hostile = [b'"', b"\t", b"\n", b"\r", b"\r\n", b"\0", b"\xff", b"\xc3\xa9", b'""', b"'", b",", b"-", b" ", b"9", b"\xef\xbb\xbf"]
+    for n in range(2000):
+        task, lines = originals[n % 3]
+        raw = bytearray(b"\n".join(generator.sample(lines[1:], 40)))
+        raw[:0] = lines[0] + b"\n"
+        for _ in range(generator.randrange(1, 4)):
+            at, kind = generator.randrange(len(raw)), generator.randrange(5)
+            if kind < 2:
+                raw[at:at] = generator.choice(hostile)
+            elif kind == 2:
+                raw[at] = generator.randrange(256)
+            elif kind == 3:
+                del raw[at:at + generator.choice((1, 1, 5, 300))]
+            else:
+                raw[at:at] = raw[at:at + generator.randrange(200)]
+        path.write_bytes(raw)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                examples = read_examples(path, task, skip_malformed=generator.random() < 0.7)
+        except InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        assert len(examples) + len(examples.malformed) == rows_by_quotes(bytes(raw).decode("utf-8-sig")), bytes(raw)
+        assert len(examples.ids) == len(examples.texts) == len(examples.labels)
+        read += 1
+    assert read > 500 and refused > 200, (read, refused)
+
+
 def test_tokens_are_berts_and_are_cut_aloud():
     tokenizer = load_tokenizer(workspace() / "tiny")
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
@@ -1782,6 +1832,30 @@ def test_bad_input_gives_one_line_and_status_2():
     config = json.loads((wrong_shape / "config.json").read_text())
     (wrong_shape / "config.json").write_text(json.dumps({**config, "intermediate_size": 33}))
     taken = run()[2]
+    files, encoders = root / "hostile-files", root / "hostile-encoders"
+    files.mkdir()
+    for name, content in (("binary", bytes(range(256)) * 4), ("utf16", "\tid\tsentence\tsentiment\n".encode("utf-16")),
+                          ("header", b"\tid\tsentence\tsentiment\n"), ("comma", b"id,sentence,sentiment\nx,good,1\n"),
+                          ("nul", b"\tid\tsentence\tsentiment\n0\tx\tgo\0od\t1\n"),
+                          ("spaces", b"\tid\tsentence\tsentiment\n0\tx\t   \t1\n"),
+                          ("open", b'\tid\tsentence\tsentiment\n0\tx\t"good\t1\n1\ty\tbad\t0\n'),
+                          ("half", b"\tid\tsentence1\tsentence2\tis_duplicate\n0\tx\ta\tb\t0.5\n"),
+                          ("six", b"\tid\tsentence1\tsentence2\tsimilarity\n0\tx\ta\tb\t6\n")):
+        (files / f"{name}.csv").write_bytes(content)
+    for name in ("no-vocab", "other-vocab", "long-vocab", "no-weights", "cut-weights", "flipped-weights", "gpt", "heads",
+                 "words"):
+        shutil.copytree(root / "tiny", encoders / name)
+    (encoders / "no-vocab" / "vocab.txt").unlink()
+    (encoders / "other-vocab" / "vocab.txt").write_text("<s>\n</s>\nhello\n")
+    with open(encoders / "long-vocab" / "vocab.txt", "a") as file:
+        file.write("".join(f"word{i}\n" for i in range(2000)))
+    weights = (root / "tiny" / "model.safetensors").read_bytes()
+    (encoders / "no-weights" / "model.safetensors").unlink()
+    (encoders / "cut-weights" / "model.safetensors").write_bytes(weights[:-100])
+    (encoders / "flipped-weights" / "model.safetensors").write_bytes(weights[:-100] + bytes([weights[-100] ^ 4]) + weights[-99:])
+    for name, field, value in (("gpt", "model_type", "gpt2"), ("heads", "num_attention_heads", 5),
+                               ("words", "hidden_size", "many")):
+        (encoders / name / "config.json").write_text(json.dumps({**config, field: value}))
     (root / "empty.csv").write_text("")
     (root / "labels.csv").write_text("\tid\tsentence\tsentiment\n0\tx\tgood\t9\n")
     table = [
@@ -1839,7 +1913,51 @@ def test_bad_input_gives_one_line_and_status_2():
         (["--sst_test", str(root / "gone.csv")], "gone.csv: no such file"),
         (["--sts_train", str(root / "data" / "ids-sst-train.csv")], "no column 'sentence1'"),
         (["--name", str(taken)], "there is a run of this name"),
+        (["--sst_loss", "oll1", "--tasks", "para,sts"], "sst is not among --tasks"),
+        (["--sst_loss", "oll3"], "invalid choice: 'oll3'"),
+        (["--pal", "g=relu"], "g: 'relu' is none of attention, identity"),
+        (["--pal", "size=0"], "size: '0' is not a whole number"),
+        (["--pal", "size=10"], "is no multiple of the encoder's 4 attention heads"),
+        (["--aux", "stars"], "is not one more NAME=value"),
+        (["--aux", "sst=x.csv"], "'sst' is a task already"),
+        (["--aux", "a-b=x.csv"], "'a-b' is no plain name"),
+        (["--aux", f"stars={root}/gone.csv"], "gone.csv: no such file"),
+        (["--aux", f"stars={root / 'data' / 'sts-train.csv'}"], "no column 'sentence'"),
+        (["--score_also", "sst"], "sst is among --tasks"),
+        (["--score_also", "yelp"], "argument --score_also: unknown task 'yelp'"),
+        (["--limit", "para=0"], "not a share above 0 and up to 1"),
+        (["--limit", "1.5"], "not a share above 0 and up to 1"),
+        (["--limit", "yelp=.5"], "not a share above 0 and up to 1 of one of sst, para, sts"),
+        (["--upsample"], "--upsample without --schedule mtdnn"),
+        (["--optimizer_per_task"], "needs steps of one task"),
+        (["--optimizer_per_task", "--schedule", "mtdnn", "--accumulate", "2"], "needs steps of one task"),
+        (["--pcgrad", "--schedule", "mtdnn"], "a step has one task"),
+        (["--init_from", str(root / "tiny")], "not a run of this script"),
+        (["--init_from", str(taken), "--pair_head", "uv"], "is of another shape"),
+        (["--input", "x"], "--input: only with --predict"),
+        (["--save_every", "-1"], "argument --save_every"),
+        (["--resume", str(root / "tiny")], "no run to go on with"),
+        (["--sst_train", str(root)], "no such file"),
+        (["--sst_train", str(files / "binary.csv")], "is not UTF-8"),
+        (["--sst_train", str(files / "utf16.csv")], "is not UTF-8"),
+        (["--sst_train", str(files / "header.csv")], "no rows"),
+        (["--sst_train", str(files / "comma.csv")], "no column 'id'"),
+        (["--sst_train", str(files / "nul.csv")], "nul.csv"),
+        (["--sst_train", str(files / "spaces.csv")], "sentence is empty"),
+        (["--sst_train", str(files / "open.csv")], "quote"),
+        (["--para_dev", str(files / "half.csv")], "is_duplicate 0.5 is not a class 0..1"),
+        (["--sts_dev", str(files / "six.csv")], "similarity 6 is outside 0..5"),
+        (["--model", str(encoders / "no-vocab")], "vocab.txt"),
+        (["--model", str(encoders / "other-vocab")], "no [CLS] in the vocabulary"),
+        (["--model", str(encoders / "long-vocab")], "too few for its vocab.txt"),
+        (["--model", str(encoders / "no-weights")], "neither model.safetensors nor pytorch_model.bin"),
+        (["--model", str(encoders / "cut-weights")], "is damaged"),
+        (["--model", str(encoders / "flipped-weights")], "is damaged"),
+        (["--model", str(encoders / "gpt")], "model_type is 'gpt2'"),
+        (["--model", str(encoders / "heads")], "is no multiple of num_attention_heads"),
+        (["--model", str(encoders / "words")], "hidden_size is 'many'"),
     ]
+    assert len(table) >= 90
     for flags, part in table:
         status, said, _ = run(*flags)
         assert status == 2 and part in said and "Traceback" not in said, (flags, status, said)
@@ -2023,6 +2141,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint():
     def save(state, path):
         saves.append(path)
         if len(saves) == 4:
+            Path(path).write_bytes(b"half of it")
             with open("/dev/full", "wb") as full:
                 full.write(b"x" * 100000)
         real(state, path)
@@ -2191,6 +2310,36 @@ def test_pretraining_goes_on_from_its_own_head():
     logits, _ = model(ids, mask, types, torch.tensor([[1] + [0] * 29] * 3).bool())
     expected = peer(ids, mask, types).logits[:, 0][torch.tensor([2, 0, 1])]  # packed order: by length
     assert (logits - expected).abs().max() < 1e-5
+
+
+def test_pretraining_goes_on_where_it_was_killed():
+    real, left = pretrain_mlm.predict_masked, []
+
+    def predict_masked(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return real(*args)
+
+    flags = "--epochs", 2, "--batch_size", 4, "--epoch_length", 6, "--save_every", 0
+    status, said, whole = mlm(*flags)
+    killed = whole.with_name(whole.name + "-killed")
+    for n in (4, 5):
+        left[:] = [n]
+        try:
+            with mock.patch.object(pretrain_mlm, "predict_masked", predict_masked):
+                mlm(*flags, out=killed) if n == 4 else quietly(pretrain_mlm.main, "--resume", killed)
+            raise AssertionError("not killed")
+        except Killed:
+            pass
+    status, said = quietly(pretrain_mlm.main, "--resume", killed)
+    assert status == 0, said
+    assert same(load_file(killed / "model.safetensors"), load_file(whole / "model.safetensors"))
+    metrics, metrics_2 = ([{key: value for key, value in json.loads(line).items() if not key.endswith("_per_second")}
+                           for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, killed))
+    assert metrics == metrics_2 and len(metrics) == 6
+    status, said = quietly(pretrain_mlm.main, "--resume", killed, "--lr", 1)
+    assert status == 2 and "--lr is 0.0005 in the run" in said, said
 
 
 def test_sixty_four_sentences_are_learnt_by_heart():
