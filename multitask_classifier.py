@@ -256,6 +256,7 @@ class Training:
         self.measured = Meter([*sizes, *(f"{task} {name}" for name, term in self.regularisers.items()
                                          for task in term.kinds)], model.device)
         self.digest = digest(data)
+        self.recent = []  # (step, task, rows, loss) since the last check that all are finite
         self.diagnosed, self.logged = [], 0  # of the gradients in this epoch, and how many of these have been logged
 
     def closing(self, step):  # an optimizer step follows
@@ -271,6 +272,7 @@ class Training:
             if len(own):
                 batch = collate(self.data[task]["train"], own)
                 loss = self.loss(task, batch, seed_of(self.args.seed, self.epoch, self.step, task, rank))
+                self.recent.append((self.step, task, own, loss.detach()))
                 loss = loss * (len(own) / len(rows))
             self.gradients.backward(task, loss, [name for name, _ in batches[i + 1:]] if closing else None)
         self.measured.steps += 1
@@ -308,17 +310,26 @@ class Training:
 
     def read(self):
         """A step line for metrics.jsonl: the means since the last one. Raises RunFailed where a loss is not finite."""
+        self.check_finite()
         means, speed = self.measured.read()
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise RunFailed(f"the loss of {name} is {mean} around step {self.step} of epoch {self.epoch + 1}; "
-                                "try a lower --lr, or --clip 1")
         losses = {task: means[task] for task in self.owner if task in means}
         others = {"regularisers": {name: mean for name, mean in means.items() if name not in losses},
                   "gradients": mean_of(self.diagnosed[self.logged:])}
         self.logged = len(self.diagnosed)
         return {"epoch": self.epoch + 1, "step": self.steps(), "losses": losses, "lr": self.lr, **speed,
                 **{name: values for name, values in others.items() if values}}
+
+    def check_finite(self):
+        """Raises RunFailed that names task, step and rows of the first loss since the last check that is not finite."""
+        recent, self.recent = self.recent, []
+        losses = torch.stack([loss for *_, loss in recent]).tolist() if recent else []  # here the host waits, once
+        for (step, task, rows, _), loss in zip(recent, losses):
+            if not math.isfinite(loss):
+                examples = self.data[task]["train"]
+                ids = ", ".join(examples.ids[row] for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
+                raise RunFailed(f"the loss of {task} is {loss} at step {step} of epoch {self.epoch + 1}, {len(rows)} rows of "
+                                f"{examples.path.name} with the ids {ids}; what was saved before is intact; try a lower "
+                                "--lr, or --clip 1")
 
     def steps(self):  # of the run
         return self.epoch * self.schedule.steps_per_epoch + self.step
@@ -328,7 +339,13 @@ class Training:
         self.measured.clear()
 
     def state(self):
-        """Tensors and plain values. To be asked for where no gradient is pending, after a closing step."""
+        """Tensors and plain values. To be asked for where no gradient is pending, after a closing step. Raises RunFailed
+        where that is nothing to go on from."""
+        self.check_finite()
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise RunFailed(f"{name} is not finite after step {self.step} of epoch {self.epoch + 1}; what was saved "
+                                "before is intact; try a lower --lr, or --clip 1")
         return {"data": self.digest, "epoch": self.epoch, "step": self.step, "best": self.best, "done": self.done, "lr": self.lr,
                 "model": self.model.state_dict(), "gradvac_targets": self.gradients.targets,
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},

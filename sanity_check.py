@@ -1347,6 +1347,22 @@ def test_a_diverged_run_fails():
     status, said, folder = run("--lr", 1e30, "--clip", 0, steps=20)
     last = said.splitlines()[-1]
     assert status == 1 and "the loss of " in last and "step" in last and "Traceback" not in said, said
+    # which task, step and rows; what was saved before is intact
+    real_loss, real_collate, batches = multitask_classifier.task_loss, multitask_classifier.collate, []
+
+    def task_loss(task, *args):
+        return real_loss(task, *args) * (math.nan if task.name == "para" and len(batches) == 8 else 1)
+
+    def collate_and_note(examples, rows):
+        batches.append([examples.ids[row] for row in rows])
+        return real_collate(examples, rows)
+
+    with mock.patch.multiple(multitask_classifier, task_loss=task_loss, collate=collate_and_note):
+        status, said, folder = run("--save_every", 0, steps=20)
+    assert status == 1 and len(batches) == 9, said  # the third step's second task
+    assert f"the loss of para is nan at step 3 of epoch 1, 24 rows of quora-train.csv with the ids {', '.join(batches[7][:5])}" in said
+    last = torch.load(folder / "last.pt", weights_only=True)
+    assert last["step"] == 2 and all(tensor.isfinite().all() for tensor in last["model"].values())
 
 
 def test_gradients_are_logged():
