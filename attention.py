@@ -119,7 +119,7 @@ class BertSelfAttention(nn.Module):
 
 
 class ProjectedAttention(nn.Module):
-    """What one task adds to the feed-forward network of every encoder layer (Stickland & Murray 2019, section 3.1):
+    """What one task adds to the feed-forward network of every encoder layer (Stickland & Murray 2019):
 
         TS(h) = V_D g(V_E h)
 

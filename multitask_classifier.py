@@ -86,7 +86,7 @@ class Head(nn.Module):
 
 
 def ordinal_log_loss(logits, labels, alpha):
-    """-sum_i |y - i|^alpha log(1 - p_i), the mean over the batch (Castagnos et al. 2022, equation 4). (B, C), (B,).
+    """-sum_i |y - i|^alpha log(1 - p_i), the mean over the batch (Castagnos et al. 2022). (B, C), (B,).
 
     log(1 - p_i) is the log-sum-exp of the other classes' logits less that of all, which stays finite where p_i rounds to 1.
     """

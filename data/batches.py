@@ -95,7 +95,7 @@ class Schedule:
     mtdnn        one batch of one task a step: the batches of all tasks, shuffled (Liu et al. 2019, algorithm 1). With
                  `upsample` each set is repeated until it has as many rows as the largest (report 2)
     annealed     one batch of one task a step, drawn with a probability in proportion to N^a, N the rows of its set; a
-                 falls from 1 in the first epoch to .2 in the last (Stickland & Murray 2019, section 4.1)
+                 falls from 1 in the first epoch to .2 in the last (Stickland & Murray 2019)
 
     sizes: {task: rows}, in the order of the tasks. batch_size: {task: rows}, or one number. epochs: of the run.
     epoch_length: "longest"; "shortest" (the set with the fewest batches sets the epoch, the others go on from where they
