@@ -119,9 +119,10 @@ class BertSelfAttention(nn.Module):
 
 
 class ProjectedAttention(nn.Module):
-    """What one task adds to the feed-forward network of every encoder layer (Stickland & Murray 2019):
+    """What one task adds to every encoder layer (Stickland & Murray 2019). With h the layer's input and a its attention
+    block's normalised output, the layer gives
 
-        TS(h) = V_D g(V_E h)
+        LayerNorm(a + FFN(a) + TS(h)),    TS(h) = V_D g(V_E h)
 
     with V_E from H down to `size` numbers and V_D back, both shared by all layers. g: "attention", self-attention of its
     own in each layer, without an output matrix; or "identity", which leaves one low-rank map (report 4, and a baseline of
@@ -139,10 +140,10 @@ class ProjectedAttention(nn.Module):
             nn.init.zeros_(linear.bias)
         nn.init.zeros_(self.decode.weight)
 
-    def forward(self, layer, hidden_states, packing):  # number of the layer, (T, H) -> (T, H)
+    def forward(self, layer_index, hidden_states, packing):  # (T, H) -> (T, H)
         projected = self.encode(hidden_states)
         if self.attentions:
-            projected = self.attentions[layer](projected, packing)
+            projected = self.attentions[layer_index](projected, packing)
         return self.decode(projected)
 
 

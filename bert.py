@@ -213,22 +213,22 @@ class BertModel(nn.Module):
         model.load_state_dict(found, strict=False)
         return model
 
-    def save_pretrained(self, folder, vocabulary=None, head=None, model_type="bert"):
+    def save_pretrained(self, folder, vocabulary_folder=None, head=None, model_type="bert"):
         """Write config.json and model.safetensors with the published names, and a digest by which damage is noticed.
 
-        vocabulary: the folder whose vocab.txt goes along. head: {name: tensor} to stand beside the encoder. model_type:
+        vocabulary_folder: the folder whose vocab.txt goes along. head: {name: tensor} to stand beside the encoder. model_type:
         for config.json; another one than "bert" where the encoder alone is not the model.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save(folder, model_type)
         for name in ("vocab.txt", "tokenizer_config.json"):
-            if vocabulary and (vocabulary / name).exists():
-                write_whole(folder / name, lambda path: shutil.copyfile(vocabulary / name, path))
+            if vocabulary_folder and (vocabulary_folder / name).exists():
+                write_whole(folder / name, lambda path: shutil.copyfile(vocabulary_folder / name, path))
         prefix = "bert." if head else ""  # as published: the names of an encoder with a head beside it have the prefix
         tensors = {prefix + published_name(name): tensor.contiguous() for name, tensor in self.state_dict().items()}
         tensors.update(head or {})
-        metadata = {"format": "pt", "blake2b": digest(tensors)}
+        metadata = {"format": "pt", "blake2b": tensor_digest(tensors)}
         write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
 
 
@@ -247,8 +247,8 @@ def published_name(name):
     return name
 
 
-def digest(tensors):
-    """Of names and numbers."""
+def tensor_digest(tensors):
+    """blake2b of the names and bytes of {name: tensor}, in the order of the names; 32 hex digits."""
     total = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         total.update(name.encode())
@@ -257,10 +257,11 @@ def digest(tensors):
 
 
 def read_safetensors(path):
+    """{name: tensor} of a file. Raises ValueError where the digest that save_pretrained stored does not fit."""
     with safe_open(path, "pt") as file:
         expected = (file.metadata() or {}).get("blake2b")
     tensors = load_file(path)
-    if expected and digest(tensors) != expected:
+    if expected and tensor_digest(tensors) != expected:
         raise ValueError("some of its numbers are not those that were saved")
     return tensors
 

@@ -182,6 +182,20 @@ def diagnostics(gram, names):
             "conflict": {pair: float(value < 0) for pair, value in cosine.items()}}
 
 
+def mean_of(records):
+    """The mean of nested dicts of numbers, key by key, over the records that have the key."""
+    keys = dict.fromkeys(key for record in records for key in record)
+    columns = {key: [record[key] for record in records if key in record] for key in keys}
+    return {key: mean_of(values) if isinstance(values[0], dict) else sum(values) / len(values)
+            for key, values in columns.items()}
+
+
+def describe_gradients(mean):
+    pairs = [f"{pair} cosine {cosine:.3f}, in conflict {mean['conflict'][pair]:.0%}, magnitude similarity "
+             f"{mean['magnitude_similarity'][pair]:.2f}" for pair, cosine in mean["cosine"].items()]
+    return "gradients  " + ("\n" + " " * 22).join(pairs)
+
+
 def step_times(model, optimizer, steps, rounds=15):
     """{surgery: median seconds of a training step}, for the plain sum (None), PCGrad and Vaccine in turn.
 
@@ -220,20 +234,16 @@ if __name__ == "__main__":
 
     import numpy as np
 
-    from bert import BertModel
     from data.batches import collate
     from data.download import fetch_encoder
-    from data.tasks import TASKS, load_data, locate
-    from multitask_classifier import MultitaskBERT, resolve
+    from data.tasks import locate
+    from flags import resolve
+    from multitask_classifier import build
     from optimizer import AdamW
 
     args = resolve(["--option", "finetune", "--pair_head", "cross", *sys.argv[1:]])  # --data_dir, --model, ...
-    folder = fetch_encoder(args.model)
-    bert = BertModel.from_pretrained(folder)
-    data = load_data(locate(args), folder, bert.config, ["para", "sts"], skip_malformed=False)
-    model = MultitaskBERT(bert, {task: TASKS[task] for task in args.tasks}, args.pair_head, args.pooling,
-                          args.hidden_dropout_prob).to(args.device).train()
-    bert.word_embedding.sparse = True  # as in training
+    model, data = build(args, locate(args), fetch_encoder(args.model))
+    model.train().bert.word_embedding.sparse = True  # as in training
     optimizer, generator = AdamW(model.parameters(), lr=1e-5), np.random.default_rng(0)
     P = sum(parameter.numel() for parameter in model.shared_parameters())
 

@@ -12,7 +12,6 @@ metrics.jsonl and curve.png.
 
 Dimensions: B sequences in the batch, L tokens in the longest, T real tokens, N chosen tokens, H hidden size, V vocabulary.
 """
-import argparse
 import dataclasses
 import math
 import os
@@ -25,13 +24,13 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from attention import to_device
 from bert import BertModel, read_checkpoint
-from checkpoint import (Interruption, Meter, Parser, Run, RunFailed, autocast, exit_status, get_device, number,
-                        plot_losses, resumed)
+from checkpoint import Interruption, Meter, Run, RunFailed, autocast, exit_status, get_device
+from curves import plot_losses
 from data.batches import Stream, collate, evaluation_batches, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder
-from data.tasks import TASKS, Examples, digest, load_tokenizer, locate, read_examples, task_names, tokenize
+from data.tasks import TASKS, Examples, data_digest, load_tokenizer, locate, read_examples, task_names, tokenize
+from flags import Parser, number, resumed
 from optimizer import AdamW, learning_rate, parameter_groups
 
 SHARE = 0.15  # of a sequence's tokens are predicted
@@ -96,9 +95,9 @@ class MaskedLM(nn.Module):
             raise InputError(f"{path}: {tied[0]} is not the word embeddings, to which this head is tied")
         return model
 
-    def save_pretrained(self, folder, vocabulary):
+    def save_pretrained(self, folder, vocabulary_folder):
         own = self.state_dict()
-        self.bert.save_pretrained(folder, vocabulary, head={theirs: own[ours] for ours, theirs in PUBLISHED.items()})
+        self.bert.save_pretrained(folder, vocabulary_folder, head={theirs: own[ours] for ours, theirs in PUBLISHED.items()})
 
 
 # ---------------------------------------------------------------- text and masks
@@ -200,14 +199,14 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder, interrup
     steps_per_epoch = args.epoch_length or stream.batches
     updates = args.epochs * steps_per_epoch
     optimizer = AdamW(parameter_groups(model.parameters(), args.weight_decay), lr=args.lr)
-    measured, done, fingerprint = Meter(["loss"], model.device), 0, digest({"text": {"train": text, "held out": held_out}})
+    measured, done, of_data = Meter(["loss"], model.device), 0, data_digest({"text": {"train": text, "held out": held_out}})
 
     def state():
-        return {"data": fingerprint, "done": done, "best": best, "model": model.state_dict(),
+        return {"data": of_data, "done": done, "best": best, "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(), "measured": measured.state()}
 
     if run.last:
-        if run.last["data"] != fingerprint:
+        if run.last["data"] != of_data:
             raise InputError("--resume: the text or the vocabulary is not that which the run was started with")
         done, best = run.last["done"], run.last["best"]
         model.load_state_dict(run.last["model"])
@@ -292,7 +291,7 @@ def get_parser():
     parser.add_argument("--seed", type=number(int, 0, 2 ** 63), default=11711, help="of everything random")
     parser.add_argument("--use_gpu", action="store_true", help="train on CUDA, or on MPS of an Apple machine")
     parser.add_argument("--amp", action="store_true", help="in bfloat16 (CUDA, or a CPU with avx512_bf16)")
-    parser.add_argument("--out", type=Path, default=None, help="the folder to write, a new one")
+    parser.add_argument("--out", type=Path, default=None, help="the folder to write; it must not be there yet")
     parser.add_argument("--resume", default=None, metavar="FOLDER", help="go on with a run that was stopped or killed")
     parser.add_argument("--save_every", type=number(float, 0), default=5.0, metavar="MINUTES",
                         help="how often the state to go on from is saved; after each epoch it always is")

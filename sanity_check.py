@@ -39,14 +39,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import attention
-import checkpoint
+import curves
 import evaluation
 import multitask_classifier
 import pcgrad
 import pretrain_mlm
 import smart
 from bert import BertConfig, BertModel, our_name, published_name
-from checkpoint import exit_status, read_metrics
+from checkpoint import exit_status
+from curves import read_metrics
 from data import download, tasks
 from data.batches import ONE_TASK_A_STEP, SCHEDULES, Schedule, Stream, collate, evaluation_batches, seed_of
 from data.download import DEFAULT_ENCODER, InputError, cache_folder, fetch_encoder
@@ -1676,9 +1677,9 @@ def test_a_share_of_the_rows():
     folders = [folder for _, folder in ids]
     picture = workspace() / "study.png"
     with contextlib.redirect_stdout(io.StringIO()):
-        checkpoint.main([*map(str, folders), "--out", str(picture)])
+        curves.main([*map(str, folders), "--out", str(picture)])
     assert picture.stat().st_size > 5000
-    raises(InputError, "differ in --limit of no task", checkpoint.main, [str(folders[0])] * 2 + ["--out", str(picture)])
+    raises(InputError, "differ in --limit of no task", curves.main, [str(folders[0])] * 2 + ["--out", str(picture)])
 
 
 def test_pooling_is_the_poolers_or_the_mean():
@@ -1818,7 +1819,7 @@ def test_rows_of_the_readme_run():
             python, script, *flags = command.replace("bert-base-uncased", str(workspace() / "tiny")).replace(
                 "runs/", f"{root}/").replace("data/demo", str(workspace() / "data")).split()
             main = {"multitask_classifier.py": multitask_classifier, "pretrain_mlm.py": pretrain_mlm,
-                    "checkpoint.py": checkpoint}[script].main
+                    "curves.py": curves}[script].main
             if script == "multitask_classifier.py":
                 if "--model" not in flags and "--init_from" not in flags:
                     flags += ["--model", str(workspace() / "tiny")]
@@ -2088,7 +2089,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on():
     def press(at):
         def train_step(training, batches):
             real(training, batches)
-            if training.steps() in at:
+            if training.steps_of_run() in at:
                 signal.raise_signal(signal.SIGINT)
         return mock.patch.object(multitask_classifier.Training, "train_step", train_step)
 

@@ -184,47 +184,47 @@ if __name__ == "__main__":
 
     import numpy as np
 
-    from bert import BertModel
     from checkpoint import exit_status
     from data.batches import Batch, collate, evaluation_batches
     from data.download import InputError, fetch_encoder
     from data.tasks import TASKS, load_data, load_tokenizer, locate
-    from multitask_classifier import MultitaskBERT, resolve
+    from flags import resolve
+    from multitask_classifier import MultitaskBERT, build
     from optimizer import AdamW
     from pcgrad import GradientBuffer
+
+    def fit_sentiment_head(model, examples):
+        """From what the untrained encoder makes of some sentences."""
+        with torch.no_grad():
+            encoded = [(model.eval()(batch.input_ids, batch.attention_mask), batch.labels)
+                       for batch in evaluation_batches(examples, np.arange(min(500, len(examples))))]
+        pooled, labels = map(torch.cat, zip(*encoded))
+        head = model.heads["sst"]
+        optimizer = AdamW(head.parameters(), lr=1e-2)
+        for _ in range(300):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(head(pooled), labels.long()).backward()
+            optimizer.step()
 
     SENTENCE = "A quiet, clever film that never quite finds its ending."
 
     def main(argv):
-        run = argv[0] if argv and not argv[0].startswith("-") else None
-        args = resolve(["--option", "finetune", *argv[bool(run):]])  # --data_dir, --model, --pair_head, ...
+        run, *flags = argv if argv and not argv[0].startswith("-") else [None, *argv]
+        args = resolve(["--option", "finetune", *flags])  # --data_dir, --model, --pair_head, ...
         if run:
-            model, folder = MultitaskBERT.load(run), run
+            model = MultitaskBERT.load(run)
             model.amp = False  # shown in float64
-            args.tasks, args.pair_head = list(model.heads), model.pair_head
+            args.tasks, args.pair_head, folder = list(model.tasks), model.pair_head, run
+            cross = [task for task, head in model.pair_head.items() if head == "cross"]
+            data = load_data(locate(args), run, model.bert.config, cross, skip_malformed=False)
         else:
             folder = fetch_encoder(args.model)
-            torch.manual_seed(args.seed)  # for the heads
-            model = MultitaskBERT(BertModel.from_pretrained(folder), {task: TASKS[task] for task in args.tasks},
-                                  args.pair_head, args.pooling, args.hidden_dropout_prob)
+            model, data = build(args, locate(args), folder)
         if "sst" not in args.tasks:
             raise InputError("without the task sst there is no sentiment to show")
-        cross = [task for task, head in args.pair_head.items() if head == "cross"]
-        data = load_data(locate(args), folder, model.bert.config, cross, skip_malformed=False)
-
-        shown = copy.deepcopy(model)
-        if not run:  # a sentiment head on the untrained encoder, from what it makes of the training sentences
-            rows = np.arange(min(500, len(data["sst"]["train"])))
-            with torch.no_grad():
-                encoded = [(shown.eval()(b.input_ids, b.attention_mask), b.labels)
-                           for b in evaluation_batches(data["sst"]["train"], rows)]
-            pooled, labels = map(torch.cat, zip(*encoded))
-            head = shown.heads["sst"]
-            optimizer = AdamW(head.parameters(), lr=1e-2)
-            for _ in range(300):
-                optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(head(pooled), labels.long()).backward()
-                optimizer.step()
+        shown = copy.deepcopy(model).cpu()
+        if not run:
+            fit_sentiment_head(shown, data["sst"]["train"])
         ids = torch.tensor([load_tokenizer(folder).encode(SENTENCE).ids])
         print(SENTENCE, end=" ")
         show_perturbations(shown, Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), None, np.zeros(1)))

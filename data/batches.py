@@ -98,10 +98,12 @@ class Schedule:
                  falls from 1 in the first epoch to .2 in the last (Stickland & Murray 2019)
 
     sizes: {task: rows}, in the order of the tasks. batch_size: {task: rows}, or one number. epochs: of the run.
-    epoch_length: "longest"; "shortest" (the set with the fewest batches sets the epoch, the others go on from where they
-    stopped in the next one); or a number of steps. Where a step has one task, these are a whole pass over all sets, as
-    many batches of each task as the shortest has (annealed: that many steps in all), and that many steps (sequential:
-    shared out among the tasks in proportion to their batches; InputError where a task is left without any).
+    epoch_length  all tasks a step (round_robin, mixed)      one task a step
+    "longest"     the most batches that a task has           a whole pass over every set
+    "shortest"    the fewest; others go on in the next one   as many batches of each task as the shortest has
+    a number      that many                                  that many (sequential: shared out in proportion to the batches)
+
+    With annealed "shortest" is that many in all. Raises InputError where sequential leaves a task without a step.
     """
 
     def __init__(self, name, sizes, batch_size, epoch_length, seed, epochs=1, upsample=False):
@@ -126,9 +128,12 @@ class Schedule:
                 raise InputError(f"--epoch_length {epoch_length}: a task is left without a step, since {self.counts} "
                                  "batches are shared out in proportion; give more steps")
             self.counts = shares
-        whole = sum(self.counts.values()) if one_task else max(self.counts.values())
-        self.steps_per_epoch = (whole if epoch_length == "longest" or name == "sequential" else
-                                (whole if one_task else shortest) if epoch_length == "shortest" else epoch_length)
+        if isinstance(epoch_length, int) and name != "sequential":
+            self.steps_per_epoch = epoch_length
+        elif one_task:  # its counts have been cut to epoch_length above
+            self.steps_per_epoch = sum(self.counts.values())
+        else:
+            self.steps_per_epoch = shortest if epoch_length == "shortest" else max(self.counts.values())
 
     def tasks(self, epoch):
         """The tasks of each step of epoch 0, 1, ...: a list of tuples."""

@@ -279,7 +279,7 @@ def load_data(paths, encoder_folder, config, cross, skip_malformed):
     return data
 
 
-def digest(data):
+def data_digest(data):
     """A fingerprint of tokens and labels of {task: {split: Examples}}: of what a run that goes on must find again."""
     total = hashlib.blake2b(digest_size=16)
     for task, splits in data.items():
