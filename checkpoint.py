@@ -35,9 +35,20 @@ class Run:
         self.folder, self.writes, self.last = Path(folder), writes, None
         if resume:
             self.last = read_last(self.folder / "last.pt")
+            path, self.length = self.folder / "metrics.jsonl", self.last["metrics"] if self.last else 0
+            if self.length > (path.stat().st_size if path.exists() else 0):
+                raise InputError(f"{path}: is shorter than when last.pt was saved; it is damaged")
+        elif writes:
+            self.make(args)
+            self.length = 0
         self.saved_at = time.perf_counter()
-        if writes:
-            self.metrics = self.cut_metrics() if resume else self.make(args)
+
+    def start(self):
+        """Open metrics.jsonl, cut back to what it was when last.pt was saved. After this the run is written to."""
+        if self.writes:
+            self.metrics = open(self.folder / "metrics.jsonl", "a+", encoding="utf-8")
+            self.metrics.truncate(self.length)
+            self.metrics.seek(self.length)
 
     def make(self, args):
         new = self.folder.with_name(f"{self.folder.name}.new-{os.getpid()}")  # so that a run's folder has its args.json
@@ -49,26 +60,18 @@ class Run:
             new.mkdir(parents=True)
             write_whole(new / "args.json", lambda path: path.write_text(text, encoding="utf-8"))
             os.rename(new, self.folder)
-            return open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{self.folder}: this folder cannot be made ({error.strerror or error}); "
                              "choose another --name") from None
 
-    def cut_metrics(self):
-        """metrics.jsonl as it was when last.pt was saved."""
-        file = open(self.folder / "metrics.jsonl", "a+", encoding="utf-8")
-        length = self.last["metrics"] if self.last else 0
-        if file.seek(0, os.SEEK_END) < length:
-            raise InputError(f"{self.folder}: metrics.jsonl is shorter than when last.pt was saved; it is damaged")
-        file.truncate(length)
-        file.seek(length)
-        return file
-
     def log(self, kind, **fields):
         """Append one line to metrics.jsonl; kind is "step" or "evaluation"."""
         if self.writes:
-            self.metrics.write(json.dumps({"kind": kind, **fields}) + "\n")
-            self.metrics.flush()
+            try:
+                self.metrics.write(json.dumps({"kind": kind, **fields}) + "\n")
+                self.metrics.flush()
+            except OSError as error:
+                raise OSError(f"{self.metrics.name} cannot be written ({error.strerror})") from error
 
     def save(self, state):
         """last.pt: tensors and plain values, and how long metrics.jsonl was."""
@@ -88,10 +91,14 @@ def read_last(path):
         with zipfile.ZipFile(path) as archive:  # torch's format; torch itself does not look at the checksums in it
             if archive.testzip():
                 raise ValueError
-        return torch.load(path, map_location="cpu", weights_only=True)
+        last = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(last["metrics"], int):
+            raise TypeError
+        return last
     except FileNotFoundError:
         return None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, TypeError,
+            AttributeError, OSError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as tensors and plain values ({type(error).__name__}); it is damaged, or "
                          "holds more than that") from None
 

@@ -18,8 +18,9 @@ from flags import Parser
 
 
 def read_metrics(folder, kind):
+    """The lines of a kind, "step" or "evaluation". The last line may be torn, where a run was killed."""
     with open(Path(folder) / "metrics.jsonl", encoding="utf-8") as file:
-        return [line for line in map(json.loads, file) if line["kind"] == kind]
+        return [line for line in (json.loads(text) for text in file if text.endswith("\n")) if line["kind"] == kind]
 
 
 def plot_curves(folder):
@@ -55,19 +56,21 @@ def plot_curves(folder):
 
 def plot_study(folders, path):
     """The best dev scores of several runs against the share of a task's rows that they were trained on (--limit); the runs
-    that agree in all other flags make a line. Raises InputError where the runs differ in no --limit, or in several."""
+    that agree in all other flags make a line. Returns {other flags: [(share, dev scores)]}. Raises InputError where the runs
+    differ in no --limit, or in several."""
     try:
         flags = {folder: json.loads((folder / "args.json").read_text(encoding="utf-8")) for folder in folders}
-        best = {folder: max(read_metrics(folder, "evaluation"), key=lambda line: sum(line["dev"].values()))
+        best = {folder: max(read_metrics(folder, "evaluation"),
+                            key=lambda line: sum(line["dev"].get(task, 0) for task in flags[folder]["trained"]))
                 for folder in folders}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"not a finished run ({error})") from None
     limits = {folder: args["limit"] or {} for folder, args in flags.items()}
     limited = [task for task in best[folders[0]]["dev"] if len({limit.get(task, 1.0) for limit in limits.values()}) > 1]
     if len(limited) != 1:
         raise InputError(f"the runs differ in --limit of {', '.join(limited) or 'no task'}, and one is wanted")
     task, = limited
-    others = [name for name in flags[folders[0]] if name not in ("limit", "name")
+    others = [name for name in flags[folders[0]] if name not in ("limit", "name", "argv", "resume")
               and len({json.dumps(args.get(name)) for args in flags.values()}) > 1]
     lines = {}
     for folder, args in flags.items():
@@ -83,6 +86,7 @@ def plot_study(folders, path):
     if others:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize="small")
     write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
+    return lines
 
 
 def plot_losses(folder):
@@ -103,15 +107,17 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=None, help="of several runs: the picture to write")
     args = parser.parse_args(argv)
     for folder in args.run:
-        if not (folder / "metrics.jsonl").is_file():
-            raise InputError(f"{folder}: no metrics.jsonl there")
+        if not (folder / "metrics.jsonl").is_file() or not read_metrics(folder, "evaluation"):
+            raise InputError(f"{folder}: no metrics.jsonl there, or no evaluation in it yet")
     if len(args.run) > 1 and not args.out:
         raise InputError("several runs: give --out PICTURE")
     if args.out:
         plot_study(args.run, args.out)
-    else:
+    elif "dev" in read_metrics(args.run[0], "evaluation")[0]:
         plot_curves(args.run[0])
-    print(args.out or args.run[0] / "curves.png")
+    else:
+        plot_losses(args.run[0])  # of pretrain_mlm.py
+    print(args.out or args.run[0])
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def wrongness(task, outputs, labels):
 
 
 def answers(model, rows):
-    """What a loaded run makes of sentences: a dict for each row. rows: tuples of one or two strings.
+    """What a run makes of sentences: a dict for each row. model: of MultitaskBERT.load. rows: tuples of one or two strings.
 
     sst, cfimdb and auxiliary tasks: the probabilities of the classes, of the first sentence. para: the probability that
     the two mean the same; sts: their similarity, 0 to 5.
@@ -155,17 +155,18 @@ def read_input(path):
     source = "standard input" if path == "-" else path
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        lines = raw.decode("utf-8-sig").splitlines()
+        lines = raw.decode("utf-8-sig").removesuffix("\n").split("\n") if raw else []  # not at every mark of Unicode
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise InputError(f"{source}: {first_bad_byte(raw)}; save it as UTF-8") from None
     if not lines:
         raise InputError(f"{source}: no line of text")
-    return checked_rows([line.split("\t") for line in lines], source)
+    return checked_rows([line.removesuffix("\r").split("\t") for line in lines], source)
 
 
 def checked_rows(rows, source):
+    """The rows, stripped, as tuples. Raises InputError: more than two sentences, an empty one, or a NUL byte."""
     for n, row in enumerate(rows, start=1):
         if len(row) > 2:
             raise InputError(f"{source}: line {n}: {len(row)} sentences, and a row has one or two")

@@ -2,8 +2,11 @@
 import argparse
 import json
 import math
+import os
 import time
 from pathlib import Path
+
+from torch import nn
 
 from checkpoint import get_device
 from data.batches import ONE_TASK_A_STEP, SCHEDULES
@@ -120,16 +123,16 @@ def resumed(resolve, argv, folder_flag):
         return None
     try:
         args = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
-        of_run = [*map(str, args["argv"]), folder_flag, str(Path(folder).absolute())]
+        of_run, started_in = [*map(str, args["argv"]), folder_flag, str(Path(folder).absolute())], str(args["folder"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {folder}: no run to go on with ({type(error).__name__} in its args.json)") from None
     args, other = resolve(of_run), resolve([*of_run, *argv])  # without --resume, so that this function returns at once
     typed = {word.split("=")[0] for word in argv}  # not what follows from it: surgery, gradient_rows, ...
     differing = [f"--{name} is {value!r} in the run" for name, value in vars(args).items()
-                 if f"--{name}" in typed and vars(other)[name] != value]
+                 if f"--{name}" in typed - {"--save_every"} and vars(other)[name] != value]
     if differing:
         raise InputError(f"--resume {folder}: {'; '.join(differing)}: leave it out, or start a new run")
-    args.resume = True
+    args.resume, args.folder, args.save_every = True, started_in, other.save_every
     return args
 
 
@@ -153,7 +156,7 @@ def get_parser():
     group.add_argument("--sst_loss", choices=SST_LOSSES, default="ce",
                        help="cross entropy, or ordinal log loss with an exponent of 1, 1.5 or 2 (Castagnos et al. 2022)")
     group.add_argument("--pal", nargs="?", const="", metavar="NAME=VALUE,...", type=settings(
-        g=(one_of("attention", "identity"), "attention"), size=(number(int, 1), 204)),
+        g=(one_of("attention", "identity"), "attention"), size=(number(int, 1, 10000), 204)),
                        help="projected attention layers for each task (Stickland & Murray 2019): g=attention,size=204; "
                             "g=identity for a low-rank map alone")
     group.add_argument("--init_from", type=Path, default=None, metavar="RUN",
@@ -241,17 +244,21 @@ def get_parser():
 
 def resolve(argv):
     """The flags, checked against each other, with every default filled in. Raises InputError."""
-    args, args_of_run = get_parser().parse_args(argv), resumed(resolve, argv, "--name")
-    if args_of_run:
-        return args_of_run
-    args.argv = argv  # for --resume
+    args = get_parser().parse_args(argv)
     if args.predict:
+        typed = [word for word in argv if word.startswith("--") and word not in ("--predict", "--input", "--use_gpu")]
+        if typed:
+            raise InputError(f"--predict: goes with --input and --use_gpu alone; leave out {', '.join(typed)}")
         if (len(args.predict) > 1) == (args.input is not None):
             raise InputError("--predict RUN: give one or two sentences, or --input FILE (- for standard input)")
         args.device = get_device(args.use_gpu, amp=False)
         return args
     if args.input is not None:
         raise InputError("--input: only with --predict RUN")
+    args_of_run = resumed(resolve, argv, "--name")
+    if args_of_run:
+        return args_of_run
+    args.argv, args.folder = argv, os.getcwd()  # for --resume
     args.tasks = task_names(args.tasks)
     args.score_also = task_names(args.score_also, "--score_also") if args.score_also is not None else []
     args.trained = [*args.tasks, *args.aux]
@@ -259,7 +266,8 @@ def resolve(argv):
         if name in args.tasks:
             raise InputError(f"argument --score_also: {name} is among --tasks, which are scored anyway")
     for name in args.aux:
-        if name in TASKS or not name.isidentifier():
+        # torch's ModuleDict, which holds the heads, has names of its own: train, keys, ...
+        if name in TASKS or not name.isidentifier() or hasattr(nn.ModuleDict(), name):
             raise InputError(f"argument --aux: {name!r} is {'a task already' if name in TASKS else 'no plain name'}; "
                              "choose another")
     args.model = args.model or str(args.init_from or DEFAULT_ENCODER)
@@ -298,7 +306,7 @@ def resolve(argv):
         args.batch_size = for_each(args.batch_size, args.trained, "--batch_size")
     if args.epoch_length not in ("longest", "shortest"):
         try:
-            args.epoch_length = number(int, 1)(args.epoch_length)
+            args.epoch_length = number(int, 1, 10 ** 7)(args.epoch_length)
         except argparse.ArgumentTypeError as error:
             raise InputError(f"argument --epoch_length: not longest, shortest or a number of steps ({error})") from None
     if args.lr is None:

@@ -197,9 +197,7 @@ class MultitaskBERT(nn.Module):
         args, tensors = read_run(folder)
         try:
             tasks = {name: task_of_run(name, tensors) for name in [*args["trained"], *args["score_also"]]}
-            bert = BertModel.from_pretrained(folder, elsewhere=tensors,
-                                             model_type=MODEL_WITH_PAL if args["pal"] else "bert")
-            model = cls(bert, tasks, args["pair_head"], args["pooling"], args["hidden_dropout_prob"], args["option"],
+            model = cls(encoder_of_run(folder), tasks, args["pair_head"], args["pooling"], args["hidden_dropout_prob"], args["option"],
                         args["amp"], args["sst_loss"], args["pal"])
             if model.own_state().keys() != tensors.keys():
                 raise ValueError(f"it has not the tensors its flags ask for: {sorted(model.own_state().keys() ^ tensors)}")
@@ -212,6 +210,11 @@ class MultitaskBERT(nn.Module):
         return model.eval()
 
 
+def encoder_of_run(folder):
+    args, tensors = read_run(folder)
+    return BertModel.from_pretrained(folder, elsewhere=tensors, model_type=MODEL_WITH_PAL if args["pal"] else "bert")
+
+
 def task_of_run(name, tensors):
     """A row of the table, or an auxiliary task, whose number of classes its head alone tells."""
     return TASKS[name] if name in TASKS else replace(auxiliary(name), top=len(tensors[f"heads.{name}.linear.bias"]) - 1)
@@ -220,8 +223,10 @@ def task_of_run(name, tensors):
 def read_run(folder):
     """(flags, tensors beside the encoder's) of a run. Raises InputError where the folder is not a run's."""
     try:
-        args = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        args = dict(json.loads((Path(folder) / "args.json").read_text(encoding="utf-8")))
+        if not {"trained", "score_also", "pair_head", "pal"} <= args.keys() or not isinstance(args["pair_head"], dict):
+            raise ValueError("its args.json is not of this script")
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})") from error
     return args, {name: x for name, x in read_checkpoint(folder)[1].items() if name.startswith(("heads.", "pal."))}
 
@@ -317,7 +322,7 @@ class Training:
 
     def step_line(self):
         """A step line for metrics.jsonl: the means since the last one. Raises RunFailed where a loss is not finite."""
-        self.check_finite()
+        self.check_losses()
         means, speed = self.meter.read()
         losses = {task: means[task] for task in self.optimizer_of if task in means}
         others = {"regularisers": {name: mean for name, mean in means.items() if name not in losses},
@@ -326,7 +331,7 @@ class Training:
         return {"epoch": self.epoch + 1, "step": self.steps_of_run(), "losses": losses, "lr": self.lr, **speed,
                 **{name: values for name, values in others.items() if values}}
 
-    def check_finite(self):
+    def check_losses(self):
         """Raises RunFailed that names task, step and rows of the first loss since the last check that is not finite."""
         recent, self.unchecked_losses = self.unchecked_losses, []
         losses = torch.stack([loss for *_, loss in recent]).tolist() if recent else []  # here the host waits, once
@@ -338,6 +343,13 @@ class Training:
                                 f"{examples.path.name} with the ids {ids}; what was saved before is intact; try a lower "
                                 "--lr, or --clip 1")
 
+    def check_weights(self):
+        """Raises RunFailed where one is not finite."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise RunFailed(f"{name} is not finite after {self.steps_of_run()} steps; what was saved before is intact; "
+                                "try a lower --lr, or --clip 1")
+
     def steps_of_run(self):
         return self.epoch * self.schedule.steps_per_epoch + self.step
 
@@ -346,13 +358,10 @@ class Training:
         self.meter.clear()
 
     def state(self):
-        """Tensors and plain values. To be asked for where no gradient is pending, after a closing step. Raises RunFailed
-        where that is nothing to go on from."""
-        self.check_finite()
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                raise RunFailed(f"{name} is not finite after step {self.step} of epoch {self.epoch + 1}; what was saved "
-                                "before is intact; try a lower --lr, or --clip 1")
+        """Tensors and plain values. To be asked for where no gradient is pending, after an update. Raises RunFailed where
+        that is nothing to go on from."""
+        self.check_losses()
+        self.check_weights()
         return {"data": self.data_digest, "epoch": self.epoch, "step": self.step, "best": self.best,
                 "updates_done": self.updates_done, "lr": self.lr,
                 "model": self.model.state_dict(), "gradvac_targets": self.gradients.targets,
@@ -361,8 +370,16 @@ class Training:
                 "meter": self.meter.state(), "diagnosed": self.diagnosed, "logged": self.logged}
 
     def load_state(self, state):
-        if state["data"] != self.data_digest:
+        """Raises InputError where the data is another one, or the state is not one of this script."""
+        if state.get("data") != self.data_digest:
             raise InputError("--resume: the data files or the vocabulary are not those that the run was started with")
+        try:
+            self.take_state(state)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError("--resume: last.pt is not what this script saves "
+                             f"({' '.join(str(error).split())[:120]})") from error
+
+    def take_state(self, state):
         for name in ("epoch", "step", "best", "updates_done", "lr", "diagnosed", "logged"):
             setattr(self, name, state[name])
         self.model.load_state_dict(state["model"])
@@ -375,19 +392,20 @@ class Training:
             self.meter.load_state(state["meter"])
 
 
-def train(args, model, data, run, encoder_folder):
+def train(training, run, encoder_folder):
     """Train for args.epochs, from where `run` stopped if it did. Saves the best epoch by dev scores, returns its
     evaluation.
 
     run: on every process; the first one writes. Raises RunFailed where a loss is not finite, and Interrupted.
     """
-    rank, world = rank_and_world()
-    training = Training(args, model, data)
+    args, model, data = training.args, training.model, training.data
     if run.last:
         training.load_state(run.last)
+    run.start()
     with Interruption() as interruption:
         while training.epoch < args.epochs:
-            train_epoch(args, training, run, interruption)
+            train_epoch(training, run, interruption)
+            training.check_weights()
             scores = evaluate(model, data, args.seed)
             best = training.best
             improved = best is None or selection(scores, args.trained) > selection(best, args.trained)
@@ -397,18 +415,19 @@ def train(args, model, data, run, encoder_folder):
             if training.diagnosed:
                 print(f"           {describe_gradients(mean_of(training.diagnosed))}", flush=True)
             run.log("evaluation", epoch=training.epoch + 1, step=training.steps_of_run(), **scores)
-            if improved and rank == 0:
-                model.save(run.folder, encoder_folder)
+            if run.writes:
+                if improved:
+                    model.save(run.folder, encoder_folder)
+                plot_curves(run.folder)
             training.end_epoch()
             run.save(training.state())
-            if rank == 0:
-                plot_curves(run.folder)
             interruption.check(run.folder)
     return training.best
 
 
-def train_epoch(args, training, run, interruption):
+def train_epoch(training, run, interruption):
     """From the step that the epoch stands at to its last."""
+    args = training.args
     training.model.train()
     training.gradients.zero()
     total = training.schedule.steps_per_epoch
@@ -449,6 +468,7 @@ def main(argv=None):
     if args.predict:
         answer(args)
         return
+    os.chdir(args.folder)  # of a run that goes on: its relative paths start there
     join_processes(args.device)
     rank, _ = rank_and_world()
     # only the first process prints
@@ -458,16 +478,21 @@ def main(argv=None):
 
 def answer(args):
     run, *sentences = args.predict
-    rows = read_input(args.input) if args.input else checked_rows([sentences], "--predict")
-    model = MultitaskBERT.load(run).to(args.device)
-    for row, made in zip(rows, answers(model, rows)):
+    rows = checked_rows([sentences], "--predict") if args.input is None else read_input(args.input)
+    with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no answer
+        model = MultitaskBERT.load(run).to(args.device)
+        found = answers(model, rows)
+    for n, (row, made) in enumerate(zip(rows, found), start=1):
+        if not made:
+            raise InputError(f"line {n}: this run knows pairs alone ({', '.join(model.tasks)}); give two sentences")
         print(describe_answer(row, made) if sys.stdout.isatty() else json.dumps({"text": row, **made}, ensure_ascii=False))
 
 
 def build(args, paths, encoder_folder):
     """(a new model on args.device, {task: {split: Examples}}) of resolved flags. Raises InputError."""
     torch.manual_seed(args.seed)  # for the new heads
-    bert = BertModel.from_pretrained(encoder_folder)
+    of_run = args.init_from and args.model == str(args.init_from)
+    bert = encoder_of_run(encoder_folder) if of_run else BertModel.from_pretrained(encoder_folder)
     heads = bert.config.num_attention_heads
     if args.pal and args.pal["g"] == "attention" and args.pal["size"] % heads:
         raise InputError(f"argument --pal: size {args.pal['size']} is no multiple of the encoder's {heads} attention heads")
@@ -496,14 +521,13 @@ def train_and_predict(args, rank):
     if rank:
         encoder_folder = fetch_encoder(args.model)  # in the cache by now
     model, data = build(args, paths, encoder_folder)
-    if args.init_from and not args.resume:
+    if args.init_from:
         model.take_over(args.init_from)
     if distributed.is_initialized():
         for tensor in model.state_dict().values():
             distributed.broadcast(tensor, src=0)
-    folder = HERE / "runs" / args.name
-    run = Run(folder, vars(args), args.resume, writes=rank == 0)
-    best = train(args, model, data, run, encoder_folder)
+    folder, training = HERE / "runs" / args.name, Training(args, model, data)
+    best = train(training, Run(folder, vars(args), args.resume, writes=rank == 0), encoder_folder)
 
     if distributed.is_initialized():
         distributed.barrier()  # the best epoch is on the disk

@@ -147,13 +147,13 @@ def mask_tokens(input_ids, vocabulary, whole_word, generator):
     return torch.from_numpy(ids), torch.from_numpy(chosen)
 
 
-def load_text(args, tokenizer, max_length):
+def load_text(args, tokenizer, max_length, vocabulary):
     """(training text, held-out text): Examples without labels, each sequence once. Raises InputError."""
     sets = [read_examples(splits["train"], TASKS[task], skip_malformed=args.skip_malformed)
             for task, splits in locate(args, ("train",)).items()]
     if args.text:
         try:
-            lines = [line.strip() for line in args.text.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            lines = [line.strip() for line in args.text.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{args.text}: cannot be read as UTF-8 text ({error})") from None
         sets.append(Examples(None, args.text, [], [(line,) for line in lines], None, []))
@@ -161,7 +161,9 @@ def load_text(args, tokenizer, max_length):
     for examples in sets:
         for row in tokenize(examples, tokenizer, max_length, cross=True).tokens:
             unique[row[0][0].tobytes()] = row
-    tokens = list(unique.values())
+    tokens = [row for row in unique.values() if not vocabulary.special[row[0][0]].all()]
+    if len(tokens) < len(unique):
+        print(f"left out {len(unique) - len(tokens)} sequences of unknown characters alone")
     order = np.random.default_rng(seed_of(args.seed, "held out")).permutation(len(tokens))
     size = min(HELD_OUT, len(tokens) // 20)
     if size == 0:
@@ -192,6 +194,10 @@ def evaluate(model, held_out, vocabulary, args):
     return total / count
 
 
+def perplexity(loss):
+    return math.exp(min(loss, 700.0))  # beyond it float64 overflows
+
+
 def train(args, model, text, held_out, vocabulary, run, encoder_folder, interruption):
     """args.epochs passes over the text, from where `run` stopped if it did. Saves the epoch that is best on the held-out
     text."""
@@ -199,23 +205,38 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder, interrup
     steps_per_epoch = args.epoch_length or stream.batches
     updates = args.epochs * steps_per_epoch
     optimizer = AdamW(parameter_groups(model.parameters(), args.weight_decay), lr=args.lr)
+    unchecked = []  # (step, loss) since the last check that all are finite
     measured, done, of_data = Meter(["loss"], model.device), 0, data_digest({"text": {"train": text, "held out": held_out}})
 
+    def check_losses():
+        """Raises RunFailed that names the first step since the last check whose loss is not finite."""
+        losses = torch.stack([loss for _, loss in unchecked]).tolist() if unchecked else []
+        for (n, _), loss in zip(unchecked, losses):
+            if not math.isfinite(loss):
+                raise RunFailed(f"the loss is {loss} at step {n + 1}, sequences {stream.rows(n)[:5].tolist()}, ... of the "
+                                "training text; what was saved before is intact; try a lower --lr")
+        unchecked.clear()
+
     def state():
+        check_losses()
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise RunFailed(f"the weights are not finite after step {done}; what was saved before is intact; "
+                            "try a lower --lr")
         return {"data": of_data, "done": done, "best": best, "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(), "measured": measured.state()}
 
     if run.last:
-        if run.last["data"] != of_data:
+        if run.last.get("data") != of_data:
             raise InputError("--resume: the text or the vocabulary is not that which the run was started with")
         done, best = run.last["done"], run.last["best"]
         model.load_state_dict(run.last["model"])
         optimizer.load_state_dict(run.last["optimizer"])
         measured.load_state(run.last["measured"])
-    else:
+    run.start()
+    if not run.last:
         best = evaluate(model, held_out, vocabulary, args)
-        print(f"before      held-out loss {best:.3f}, perplexity {math.exp(best):.1f}", flush=True)
-        run.log("evaluation", epoch=0, step=0, loss=best, perplexity=math.exp(best))
+        print(f"before      held-out loss {best:.3f}, perplexity {perplexity(best):.1f}", flush=True)
+        run.log("evaluation", epoch=0, step=0, loss=best, perplexity=perplexity(best))
     for epoch in range(done // steps_per_epoch, args.epochs):
         bar = tqdm(range(done, (epoch + 1) * steps_per_epoch), desc=f"epoch {epoch + 1}/{args.epochs}",
                    initial=done % steps_per_epoch, total=steps_per_epoch, unit="step", leave=False)
@@ -231,13 +252,13 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder, interrup
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args.lr, (n + 1) / (updates + 1), args.warmup)
             optimizer.step()
+            unchecked.append((n, loss.detach()))
             measured.add("loss", loss, len(targets), int(batch.attention_mask.sum()))
             measured.steps += 1
             done = n + 1
             if done % LOG_EVERY == 0 or done % steps_per_epoch == 0:
+                check_losses()
                 means, speed = measured.read()
-                if not math.isfinite(means["loss"]):
-                    raise RunFailed(f"the loss is {means['loss']} around step {done}; try a lower --lr")
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed['tokens_per_second']} tokens/s")
                 run.log("step", epoch=epoch + 1, step=done, **means, lr=optimizer.param_groups[0]["lr"], **speed)
             if done % steps_per_epoch and (interruption.asked or run.due(args.save_every)):
@@ -246,14 +267,15 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder, interrup
         loss = evaluate(model, held_out, vocabulary, args)
         improved = loss < best
         best = min(best, loss)
-        print(f"epoch {epoch + 1}/{args.epochs}   held-out loss {loss:.3f}, perplexity {math.exp(loss):.1f}"
+        print(f"epoch {epoch + 1}/{args.epochs}   held-out loss {loss:.3f}, perplexity {perplexity(loss):.1f}"
               f"{'  best so far, saved' if improved else ''}", flush=True)
-        run.log("evaluation", epoch=epoch + 1, step=done, loss=loss, perplexity=math.exp(loss))
+        run.log("evaluation", epoch=epoch + 1, step=done, loss=loss, perplexity=perplexity(loss))
+        measured.clear()
+        now = state()  # refuses weights that are not finite
         if improved:
             model.save_pretrained(run.folder, encoder_folder)
-        measured.clear()
-        run.save(state())
         plot_losses(run.folder)
+        run.save(now)
         interruption.check(run.folder)
 
 
@@ -303,7 +325,7 @@ def resolve(argv):
     args, args_of_run = get_parser().parse_args(argv), resumed(resolve, argv, "--out")
     if args_of_run:
         return args_of_run
-    args.argv = argv  # for --resume
+    args.argv, args.folder = argv, os.getcwd()  # for --resume
     if not args.fill and not args.out:
         raise InputError("give --out FOLDER to train, or --fill SENTENCE")
     args.tasks = [] if args.text and args.tasks is None else task_names(args.tasks or "sst,para,sts")
@@ -314,6 +336,7 @@ def main(argv=None):
     args = resolve(sys.argv[1:] if argv is None else list(argv))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("pretraining runs as one process; leave out torchrun")
+    os.chdir(args.folder)  # of a run that goes on: its relative paths start there
     device = get_device(args.use_gpu, args.amp)
     encoder_folder = fetch_encoder(args.model)
     tokenizer = load_tokenizer(encoder_folder)
@@ -326,7 +349,7 @@ def main(argv=None):
                 print(f"{sentence}   " + "  ".join(f"{token} {p:.2f}" for token, p in filled))
         return
     model = MaskedLM.from_pretrained(encoder_folder, args.amp).to(device)
-    text, held_out = load_text(args, tokenizer, model.bert.config.max_position_embeddings)
+    text, held_out = load_text(args, tokenizer, model.bert.config.max_position_embeddings, vocabulary)
     with Interruption() as interruption:
         train(args, model, text, held_out, vocabulary, Run(args.out, vars(args), args.resume), encoder_folder, interruption)
     print(f"{os.path.relpath(args.out)}: encoder and masked-LM head, metrics.jsonl, curve.png")

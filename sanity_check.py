@@ -1160,9 +1160,8 @@ def test_mtdnn_shuffles_the_union():
     whole, parts = sum(epochs(), []), sum(epochs(10, n=7), [])
     assert [(name, rows.tolist()) for (name, rows), in parts] == [(name, rows.tolist()) for (name, rows), in whole[:70]]
     assert [len(steps) for steps in epochs("shortest")] == [12, 12]
-    up = epochs(upsample=True)[0]
-    assert Counter(name for (name, _), in up) == dict.fromkeys(sizes, 26)
-    assert abs(sum(len(rows) for (name, rows), in up if name == "sts") - 203) <= 8
+    for task in sizes:  # repeated until it has the rows of the largest, to a batch
+        assert 203 <= sum(len(rows) for (name, rows), in epochs(upsample=True)[0] if name == task) < 203 + 8
 
 
 def test_annealed_draws_as_published():
@@ -1364,6 +1363,10 @@ def test_a_diverged_run_fails():
     assert f"the loss of para is nan at step 3 of epoch 1, 24 rows of quora-train.csv with the ids {', '.join(batches[7][:5])}" in said
     last = torch.load(folder / "last.pt", weights_only=True)
     assert last["step"] == 2 and all(tensor.isfinite().all() for tensor in last["model"].values())
+    # weights that are not finite, though every loss was
+    status, said, folder = run("--tasks", "sst", "--lr", 1e39, "--clip", 0, "--warmup", 0, "--lr_schedule", "constant", steps=1)
+    assert status == 1 and "is not finite after 1 steps" in said, said
+    assert not (folder / "model.safetensors").exists() and not (folder / "last.pt").exists()
 
 
 def test_gradients_are_logged():
@@ -1632,6 +1635,14 @@ def test_heads_are_taken_over():
     assert all(torch.equal(still[name], tensor) for name, tensor in theirs.items())
     status, said, folder = run("--pair_head", "cross", "--init_from", source, "--pal", "size=8", "--epochs", 1)
     assert status == 0 and "new are heads.para, pal.sst, pal.para, pal.sts" in said, said
+    # a run with projected attention layers gives encoder, heads and layers
+    source_with_pal = run("--pal", "size=8")[2]
+    status, said = quietly(multitask_classifier.main, "--option", "finetune", "--init_from", source_with_pal, "--pal", "size=8",
+                           "--lr", 0, "--epochs", 1, "--epoch_length", 1, "--data_dir", workspace() / "data", "--name",
+                           str(source_with_pal) + "-on")
+    assert status == 0 and same(*(load_file(Path(str(source_with_pal) + end) / "model.safetensors") for end in ("", "-on")))
+    status, said, _ = run("--init_from", workspace() / "tiny")
+    assert status == 2 and "not a run" in said, said
     # without --model the encoder too
     tuned = run(steps=4)[2]
     said = io.StringIO()
@@ -1675,10 +1686,19 @@ def test_a_share_of_the_rows():
         ids.append((seen["para"], folder))
     assert ids[1][0] < ids[0][0], "the smaller share is a part of the larger"
     folders = [folder for _, folder in ids]
+    folders += [run("--limit", f"para={share}", "--schedule", "mtdnn")[2] for share in (1, 0.5, 0.25)]
     picture = workspace() / "study.png"
+    lines = curves.plot_study(folders, picture)
+    dev = {folder: read_metrics(folder, "evaluation")[0]["dev"] for folder in folders}
+    assert list(lines) == ["schedule round_robin, epoch_length 12, batch_size {'sst': 4, 'para': 4, 'sts': 4}",
+                           "schedule mtdnn, epoch_length 2, batch_size {'sst': 16, 'para': 32, 'sts': 12}"], list(lines)
+    assert list(lines.values())[1] == [(share, dev[folder]) for share, folder in zip((1, 0.5, 0.25), folders[2:])]
     with contextlib.redirect_stdout(io.StringIO()):
         curves.main([*map(str, folders), "--out", str(picture)])
     assert picture.stat().st_size > 5000
+    (folders[0] / "metrics.jsonl").write_text('{"kind": "step", "torn')
+    raises(InputError, "no evaluation in it yet", curves.main, [str(folders[0])])
+    folders = folders[1:]
     raises(InputError, "differ in --limit of no task", curves.main, [str(folders[0])] * 2 + ["--out", str(picture)])
 
 
@@ -1825,7 +1845,7 @@ def test_rows_of_the_readme_run():
                     flags += ["--model", str(workspace() / "tiny")]
                 if "--name" not in flags:
                     flags += ["--name", f"{root}/{row}-{i}"]
-                flags += [*small, "--epochs", "1", "--epoch_length", "6"]
+                flags += [*small, "--epochs", "1", *(() if "shortest" in flags else ("--epoch_length", "6"))]
                 leaves = Path(flags[flags.index("--name") + 1]) / "metrics.jsonl"
             elif script == "pretrain_mlm.py":
                 flags += [*small, "--epochs", "1", "--epoch_length", "2", "--batch_size", "4"]
@@ -1938,6 +1958,9 @@ def test_bad_input_gives_one_line_and_status_2():
         (["--aux", "stars"], "is not one more NAME=value"),
         (["--aux", "sst=x.csv"], "'sst' is a task already"),
         (["--aux", "a-b=x.csv"], "'a-b' is no plain name"),
+        (["--aux", "train=x.csv"], "'train' is no plain name"),
+        (["--pal", "size=4000000000"], "below 10000"),
+        (["--schedule", "annealed", "--epoch_length", str(10 ** 12)], "not longest, shortest or a number"),
         (["--aux", f"stars={root}/gone.csv"], "gone.csv: no such file"),
         (["--aux", f"stars={root / 'data' / 'sts-train.csv'}"], "no column 'sentence'"),
         (["--score_also", "sst"], "sst is among --tasks"),
@@ -2052,6 +2075,17 @@ def test_a_killed_run_goes_on_to_the_same_bits():
                 file.write('{"kind": "step", "torn')  # what was written after the last save is cut off
         status, said = quietly(multitask_classifier.main, "--resume", killed)
         assert status == 0 and equal(whole, killed), (flags, said)
+    # killed before anything was saved: what was taken over from another run is taken over again
+    flags = ["--init_from", whole, "--option", "finetune", "--epochs", 1, "--epoch_length", 3, "--data_dir",
+             workspace() / "data", "--aux", f"stars={workspace() / 'data' / 'stars-train.csv'}"]
+    on, killed = whole.with_name("from-whole"), whole.with_name("from-whole-killed")
+    assert quietly(multitask_classifier.main, *flags, "--name", on)[0] == 0
+    with mock.patch.object(multitask_classifier.Training, "train_step", side_effect=Killed):
+        try:
+            quietly(multitask_classifier.main, *flags, "--name", killed)
+        except Killed:
+            pass
+    assert quietly(multitask_classifier.main, "--resume", killed)[0] == 0 and equal(on, killed)
     before = remains(whole)
     assert quietly(multitask_classifier.main, "--resume", whole)[0] == 0 and remains(whole)[0] == before[0]  # a finished one
 
@@ -2134,11 +2168,20 @@ def test_what_cannot_be_resumed_says_why():
 
     torch.save({"model": Payload()}, folder / "last.pt")
     refused("holds more than that")
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    for content in ({"model": {}}, torch.zeros(3), {"metrics": 0, "data": "x"}):
+        torch.save(content, folder / "last.pt")
+        refused("")
+        assert (folder / "metrics.jsonl").read_bytes() == metrics, "a refused run is left as it was"
+    stripped = torch.load(io.BytesIO(whole), weights_only=True)
+    stripped["model"].popitem()
+    torch.save(stripped, folder / "last.pt")
+    refused("last.pt is not what this script saves")
     assert not (root / "it-ran").exists()
     (folder / "last.pt").write_bytes(whole)
     lines = (folder / "metrics.jsonl").read_bytes()
     (folder / "metrics.jsonl").write_bytes(lines[:40])
-    refused("metrics.jsonl is shorter")
+    refused("is shorter than when last.pt was saved")
     (folder / "metrics.jsonl").write_bytes(lines)
     path = root / "data" / "ids-sst-train.csv"
     kept = path.read_text(encoding="utf-8")
@@ -2200,7 +2243,14 @@ def test_a_run_answers():
         path.write_bytes(content)
         status, said = answered(folder, "--input", path)
         assert status == 2 and part in said, said
-    for flags, part in (((folder,), "give one or two sentences"), ((folder, "a", "--input", path), "give one or two"),
+    path.write_text("one \u2028 line\x0c\nand another")
+    assert answered(folder, "--input", path)[1].count("\n") == 2
+    status, said = quietly(multitask_classifier.main, "--predict", folder, "word " * 3000)
+    assert json.loads(said.splitlines()[-1])["sst"] and "cut 1 of 1 rows" in said
+    pairs = run("--tasks", "para")[2]
+    for flags, part in (((folder, "a", "--lr", "1"), "leave out --lr"), ((folder, "a", "--resume", folder), "leave out --resume"),
+                        ((pairs, "a"), "knows pairs alone"), ((folder, "--input", ""), "cannot be read"),
+                        ((folder,), "give one or two sentences"), ((folder, "a", "--input", path), "give one or two"),
                         ((folder, "a", "b", "c"), "3 sentences"), ((workspace() / "tiny", "a"), "not a run"),
                         ((folder, " "), "a sentence is empty"), ((folder, "--input", "/nowhere"), "cannot be read")):
         status, said = answered(*flags)
@@ -2355,6 +2405,15 @@ def test_pretraining_goes_on_where_it_was_killed():
     metrics, metrics_2 = ([{key: value for key, value in json.loads(line).items() if not key.endswith("_per_second")}
                            for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, killed))
     assert metrics == metrics_2 and len(metrics) == 6
+    best = min(line["loss"] for line in metrics if line["kind"] == "evaluation")
+    assert all(torch.load(folder / "last.pt", weights_only=True)["best"] == best for folder in (whole, killed))
+    status, said, failed = mlm("--batch_size", 4, "--epoch_length", 30, "--lr", 1e30, "--save_every", 0)
+    assert status == 1 and ("are not finite" in said or "the loss is nan at" in said), said
+    assert not (failed / "last.pt").exists() and not (failed / "model.safetensors").exists(), "nothing that is not finite"
+    text = workspace() / "snow.txt"
+    text.write_text("A plain sentence here.\n" + "\u2603\n" + "".join(f"Number {i} of the lines.\n" for i in range(40)))
+    status, said, _ = mlm("--text", text, "--batch_size", 1, "--epochs", 1)
+    assert status == 0 and "left out 1 sequences of unknown characters alone" in said, said
     status, said = quietly(pretrain_mlm.main, "--resume", killed, "--lr", 1)
     assert status == 2 and "--lr is 0.0005 in the run" in said, said
 

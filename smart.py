@@ -214,7 +214,8 @@ if __name__ == "__main__":
         if run:
             model = MultitaskBERT.load(run)
             model.amp = False  # shown in float64
-            args.tasks, args.pair_head, folder = list(model.tasks), model.pair_head, run
+            args.tasks = [task for task in model.tasks if task in TASKS]  # not an auxiliary one
+            args.pair_head, folder = model.pair_head, run
             cross = [task for task, head in model.pair_head.items() if head == "cross"]
             data = load_data(locate(args), run, model.bert.config, cross, skip_malformed=False)
         else:

@@ -116,7 +116,7 @@ class Schedule:
         self.streams = {task: Stream(size, batch_size[task], seed, task) for task, size in sizes.items()}
         self.counts = {task: stream.batches for task, stream in self.streams.items()}  # batches of a pass
         if upsample:
-            self.counts = {task: math.ceil(max(sizes.values()) / size) for task, size in batch_size.items()}
+            self.counts = {task: math.ceil(max(sizes.values()) * count / sizes[task]) for task, count in self.counts.items()}
         one_task, shortest = name in ONE_TASK_A_STEP, min(self.counts.values())
         if epoch_length == "shortest" and one_task:
             self.counts = dict.fromkeys(self.counts, shortest)
