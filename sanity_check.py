@@ -1173,6 +1173,8 @@ def test_annealed_draws_as_published():
         assert np.abs(np.array([drawn[task] / 20000 for task in sizes]) - expected).max() < 0.015
     alone = Schedule("annealed", sizes, 8, 10, 1, epochs=1)
     assert np.abs(alone.probabilities(0) - np.array([0.951, 0.029, 0.020])).max() < 6e-4, "a = 1 where there is one epoch"
+    even = Schedule("annealed", {"a": 20, "b": 20}, 5, 30, 1, epochs=4)
+    assert even.tasks(0) != even.tasks(1), "drawn anew in every epoch"
     small = Schedule("annealed", {"a": 30, "b": 20}, 5, 15, 1, epochs=4)
     rows = [(name, r.tolist()) for e in range(4) for (name, r), in small.epoch(e)]
     for name in "ab":  # each task's batches follow each other over the epochs, as its own stream has them

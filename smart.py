@@ -15,8 +15,9 @@ All passes over a batch draw the same dropout masks, by starting from the same s
 The paper's radius of 1e-5 is small beside embeddings of about 0.5: R is then a millionth of the loss. float32 still
 resolves it, to a few percent (the table that this file prints), but on the default encoder the gradient of 5 R is some
 millionths of the loss's, and a run ends with the scores of one without. A radius of 1 needs a step of that size too
-(eps=1,step=1; with step=1e-3 the perturbation stays at 1e-3). The authors' released code has an effective radius of about
-1 as well, but it does not project, and its versions differ in how they normalise. README.md has scores.
+(eps=1,step=1; with step=1e-3 the perturbation stays at 1e-3). The authors' released code does not project: its perturbation
+is noise plus .001 of the gradient, over its largest number, token by token, which is mostly noise of size 1
+(results/smart/authors.py). README.md has scores of each.
 
     python smart.py [RUN]      how far perturbations of each size move a sentence's sentiment; what a training step costs
 
