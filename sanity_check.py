@@ -370,6 +370,17 @@ def test_transformers_opens_what_a_run_saves():
     status, said, folder = run("--pooling", "cls")
     assert status == 0, said
     compare_with_transformers(folder, [4, 9])
+    from transformers import AutoModel
+
+    assert type(AutoModel.from_pretrained(folder)).__name__ == "BertModel"
+    status, said, folder = run("--pal", "size=8")  # transformers has no such layers, and shall not take the encoder alone
+    assert status == 0, said
+    try:
+        AutoModel.from_pretrained(folder)
+    except ValueError as error:
+        assert "bert_with_pal" in str(error)
+    else:
+        raise AssertionError("the encoder was taken for the whole")
 
 
 # ---------------------------------------------------------------- optimizer.py
