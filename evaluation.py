@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.special import expit, log_softmax, softmax
 from scipy.stats import pearsonr
+from tqdm import tqdm
 
 from checkpoint import rank_and_world, sum_over_processes
 from data.batches import evaluation_batches, seed_of
@@ -32,6 +33,25 @@ def predict(model, task, examples, rows=None):
         outputs[torch.from_numpy(batch.rows).to(model.device)] = model.logits(task, batch).float()
     model.train(training)
     return sum_over_processes(outputs).cpu().numpy()[rows]
+
+
+@torch.no_grad()
+def encode_once(model, data):
+    """Run a frozen encoder over every sequence of the data and keep what it pools, since no epoch would change it. Training
+    and evaluation then run the heads alone."""
+    rows = sum(len(examples) for splits in data.values() for examples in splits.values())
+    print(f"the encoder is frozen: it runs once over {rows} rows, and then the heads alone")
+    model.eval()
+    with tqdm(total=rows, desc="encoding", unit="row", leave=False, disable=rank_and_world()[0] > 0) as bar:
+        for splits in data.values():
+            for examples in splits.values():
+                sides = len(examples.tokens[0])
+                pooled = torch.zeros(len(examples), sides, model.bert.config.hidden_size, device=model.device)
+                for batch in evaluation_batches(examples, np.arange(len(examples))):
+                    found = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)  # (S, H)
+                    pooled[torch.from_numpy(batch.rows).to(model.device)] = found.unflatten(0, (sides, -1)).transpose(0, 1)
+                    bar.update(len(batch.rows))
+                examples.pooled = pooled
 
 
 def decide(task, outputs):

@@ -33,7 +33,7 @@ from curves import plot_curves
 from data.batches import Schedule, collate, seed_of
 from data.download import InputError, fetch_encoder
 from data.tasks import TASKS, auxiliary, data_digest, load_data, load_tokenizer, locate
-from evaluation import (answers, checked_rows, decide, describe, describe_answer, describe_confusion, evaluate, predict,
+from evaluation import (answers, checked_rows, decide, describe, describe_answer, describe_confusion, encode_once, evaluate, predict,
                         read_input, selection, write_errors, write_predictions)
 from flags import SST_LOSSES, resolve
 from optimizer import AdamW, learning_rate, parameter_groups
@@ -158,6 +158,8 @@ class MultitaskBERT(nn.Module):
         return pooled.float() if self.amp else pooled  # not without amp: a model in float64 stays in float64
 
     def logits(self, task, batch, perturbation=None):  # -> (B, C)
+        if batch.pooled is not None:
+            return self.heads[task](batch.pooled)
         adapter = self.pal[task] if task in self.pal else None
         return self.heads[task](self(batch.input_ids, batch.attention_mask, batch.token_type_ids, perturbation, adapter))
 
@@ -526,6 +528,8 @@ def train_and_predict(args, rank):
     if distributed.is_initialized():
         for tensor in model.state_dict().values():
             distributed.broadcast(tensor, src=0)
+    if model.frozen and not (args.pal or args.smart):  # both change what the encoder computes
+        encode_once(model, data)
     folder, training = HERE / "runs" / args.name, Training(args, model, data)
     best = train(training, Run(folder, vars(args), args.resume, writes=rank == 0), encoder_folder)
 

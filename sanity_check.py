@@ -1560,6 +1560,34 @@ def test_ordinal_log_loss():
     assert run("--sst_loss", "oll2")[0] == 0
 
 
+def test_a_frozen_encoder_runs_once():
+    for pair_head in ({"para": "cross", "sts": "uv"}, {"para": "cosine", "sts": "cross"}):
+        model, examples = three_task_model(option="pretrain", pair_head=pair_head)
+        batches = {task: collate(examples[task], np.array([3, 11, 5])) for task in examples}
+        expected = {task: model.logits(task, batch) for task, batch in batches.items()}
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation.encode_once(model, {task: {"train": part} for task, part in examples.items()})
+        with mock.patch.object(model, "forward", side_effect=AssertionError("the encoder ran again")):
+            for task in examples:
+                logits = model.logits(task, collate(examples[task], np.array([3, 11, 5])))
+                assert (logits - expected[task]).abs().max() < 1e-5
+    calls, real = [], MultitaskBERT.forward
+
+    def forward(self, *args, **kwargs):
+        calls.append(self)
+        return real(self, *args, **kwargs)
+
+    for flags, once in (([], True), (["--proximal"], True), (["--pal", "size=8"], False), (["--smart"], False)):
+        counts = []
+        for epochs in (1, 3):
+            calls.clear()
+            with mock.patch.object(MultitaskBERT, "forward", forward):
+                status, said, _ = run("--pair_head", "cross", "--epochs", epochs, *flags, option="pretrain")
+            assert status == 0 and ("the encoder is frozen: it runs once" in said) == once, said
+            counts.append(len(calls))
+        assert (counts[0] == counts[1]) == once, counts
+
+
 def test_projected_attention_layers():
     base = BertModel(BertConfig(hidden_size=768, num_hidden_layers=0, num_attention_heads=12, intermediate_size=8,
                                 vocab_size=8))

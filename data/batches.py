@@ -37,6 +37,7 @@ class Batch:
     token_type_ids: torch.Tensor  # (S, L)
     labels: torch.Tensor | None  # (B,)
     rows: np.ndarray  # (B,) indices into the task's examples
+    pooled: torch.Tensor | None = None  # (S, H), where a frozen encoder has run already
 
 
 def collate(examples, rows):
@@ -49,7 +50,8 @@ def collate(examples, rows):
         attention_mask[i, :len(ids)] = 1
         token_type_ids[i, first_segment:len(ids)] = 1
     labels = None if examples.labels is None else torch.from_numpy(examples.labels[rows])
-    return Batch(*map(torch.from_numpy, (input_ids, attention_mask, token_type_ids)), labels, rows)
+    pooled = None if examples.pooled is None else examples.pooled[rows].transpose(0, 1).flatten(0, 1)
+    return Batch(*map(torch.from_numpy, (input_ids, attention_mask, token_type_ids)), labels, rows, pooled)
 
 
 def evaluation_batches(examples, rows, tokens=8192):

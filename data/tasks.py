@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import BertWordPieceTokenizer
@@ -75,6 +76,7 @@ class Examples:
     labels: np.ndarray | None  # (N,) float32; None for a test file
     malformed: list  # "line 12: ..." of every row that was left out
     tokens: list | None = None
+    pooled: Any = None  # (N, sequences a row, H), what a frozen encoder makes of them; filled by evaluation.encode_once
 
     def __len__(self):
         return len(self.ids)
