@@ -6,14 +6,18 @@ published BERT checkpoint loads through one table of names, and is saved in the 
 `transformers.AutoModel.from_pretrained` opens what this file writes.
 
     python bert.py                 encode two sentences and compare with `transformers` where it is installed
+    python bert.py --benchmark     what a training step costs, beside one around `transformers`; flags of the main script
 
 Dimensions: B sequences in the batch, L tokens in the longest, T real tokens in the batch, H hidden size.
 """
+import copy
 import dataclasses
 import hashlib
 import json
 import pickle
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -287,7 +291,94 @@ def read_checkpoint(folder):
     raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
 
 
+def benchmark(flags, rounds=15):
+    """Print the time of a training step on all tasks: packed, with its padding, in bfloat16, and around transformers' BERT.
+
+    flags: of multitask_classifier.py. The variants take turns on the same batches; the first two rounds warm up.
+    """
+    import numpy as np
+
+    from checkpoint import autocast, get_device
+    from data.batches import collate
+    from data.tasks import locate
+    from flags import resolve
+    from multitask_classifier import build, task_loss
+    from optimizer import AdamW
+    from pcgrad import GradientBuffer
+
+    args = resolve(["--option", "finetune", "--pair_head", "cross", *flags])
+    folder, generator = fetch_encoder(args.model), np.random.default_rng(0)
+    model, data = build(args, locate(args), folder)
+
+    def ours(padded=False, amp=False):
+        own = copy.deepcopy(model).train()
+        own.amp, own.bert.word_embedding.sparse = amp, True  # as in training
+        gradients = GradientBuffer(own.shared_parameters(), {task: own.own_parameters(task) for task in own.tasks})
+        optimizer = AdamW(own.parameters(), lr=1e-5)
+
+        def step(batches):
+            gradients.zero()
+            for task, batch in batches:
+                if padded:
+                    batch = dataclasses.replace(batch, attention_mask=torch.ones_like(batch.attention_mask))
+                gradients.backward(task, own.loss(task, batch))
+            gradients.combine(seed=0)
+            nn.utils.clip_grad_norm_(own.parameters(), 1.0)
+            optimizer.step()
+        return step
+
+    def theirs(amp=False):
+        from transformers import BertModel as Peer
+
+        encoder, heads = Peer.from_pretrained(folder).to(args.device).train(), copy.deepcopy(model.heads).train()
+        parameters = [*encoder.parameters(), *heads.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+        def step(batches):
+            optimizer.zero_grad()
+            for task, batch in batches:
+                ids, mask, types, labels = (x.to(args.device) for x in (
+                    batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.labels))
+                with autocast(model.device, amp):
+                    states = encoder(ids, mask, types).last_hidden_state * mask.unsqueeze(-1)
+                pooled = states.float().sum(dim=1) / mask.sum(dim=1, keepdim=True)
+                task_loss(model.tasks[task], heads[task](pooled), labels).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+        return step
+
+    steps = {"packed, float32": ours(), "with its padding, float32": ours(padded=True)}
+    try:
+        get_device(args.use_gpu, amp=True)
+        steps["packed, bfloat16"] = ours(amp=True)
+        steps["transformers, bfloat16"] = theirs(amp=True)
+    except (InputError, ImportError) as error:
+        print(f"left out: {error}")
+    try:
+        steps["transformers, float32"] = theirs()
+    except ImportError as error:
+        print(f"left out: {error}")
+    times = {name: [] for name in steps}
+    for i in range(rounds + 2):
+        batches = [(task, collate(data[task]["train"], generator.permutation(len(data[task]["train"]))[:args.batch_size[task]]))
+                   for task in args.tasks]
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(batches)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    median = {name: sorted(values[2:])[rounds // 2] for name, values in times.items()}
+    print(f"a training step of {args.batch_size} rows, times that of packed float32, medians of {rounds}:")
+    for name, seconds in median.items():
+        print(f"  {name:28} {seconds / median['packed, float32']:.2f}")
+
+
 if __name__ == "__main__":
+    if "--benchmark" in sys.argv:
+        benchmark([flag for flag in sys.argv[1:] if flag != "--benchmark"])
+        sys.exit()
+
     from data.tasks import load_tokenizer
 
     folder = fetch_encoder()
