@@ -266,7 +266,7 @@ class Training:
         self.epoch = self.step = 0  # epochs that are done, and steps of the one under way
         self.best = None  # the best evaluation so far
         self.meter = Meter([*sizes, *(f"{task} {name}" for name, term in self.regularisers.items()
-                                         for task in term.kinds)], model.device)
+                                      for task in term.kinds)], model.device)
         self.data_digest = data_digest(data)
         self.unchecked_losses = []  # (step, task, rows, loss) since the last check that all are finite
         self.diagnosed, self.logged = [], 0  # of the gradients in this epoch, and how many of these have been logged
@@ -314,8 +314,9 @@ class Training:
         args = self.args
         if args.clip:
             nn.utils.clip_grad_norm_(self.trainable[name], args.clip)
-        self.updates_done[name] += 1  # the + 1: neither the first nor the last step has rate 0
-        self.lr = learning_rate(args.lr, self.updates_done[name] / (self.updates_planned[name] + 1), args.warmup, args.lr_schedule)
+        self.updates_done[name] += 1
+        progress = self.updates_done[name] / (self.updates_planned[name] + 1)  # the + 1: no step has rate 0
+        self.lr = learning_rate(args.lr, progress, args.warmup, args.lr_schedule)
         for group in self.optimizers[name].param_groups:
             group["lr"] = self.lr
         self.optimizers[name].step()
