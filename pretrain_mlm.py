@@ -304,7 +304,7 @@ def get_parser():
     parser.add_argument("--epochs", type=number(int, 1), default=4, help="number of epochs")
     parser.add_argument("--epoch_length", type=number(int, 1), default=None, help="steps (default: once through the text)")
     parser.add_argument("--batch_size", type=number(int, 1), default=32, help="sequences a step")
-    parser.add_argument("--lr", type=number(float, 0), default=5e-4, help="peak learning rate")
+    parser.add_argument("--lr", type=number(float, 0), default=1e-4, help="peak learning rate")
     parser.add_argument("--warmup", type=number(float, 0, 1), default=0.1,
                         help="share of the steps in which the rate rises from 0; after that it falls linearly to 0")
     parser.add_argument("--weight_decay", type=number(float, 0), default=0.01, help="of weights; biases and norms have none")

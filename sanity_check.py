@@ -2456,7 +2456,7 @@ def test_pretraining_goes_on_where_it_was_killed():
     status, said, _ = mlm("--text", text, "--batch_size", 1, "--epochs", 1)
     assert status == 0 and "left out 1 sequences of unknown characters alone" in said, said
     status, said = quietly(pretrain_mlm.main, "--resume", killed, "--lr", 1)
-    assert status == 2 and "--lr is 0.0005 in the run" in said, said
+    assert status == 2 and "--lr is 0.0001 in the run" in said, said
 
 
 def test_sixty_four_sentences_are_learnt_by_heart():
