@@ -1407,7 +1407,9 @@ def test_two_processes_equal_one():
               "--epochs", 2, "--epoch_length", 10, "--lr", 1e-3]
     for name, flags in (("pcgrad", ["--pcgrad", "--batch_size", 5]),
                         ("gradvac", ["--gradvac", "--batch_size", "sst=5,para=23,sts=1", "--accumulate", 3,
-                                     "--proximal", "mu=.5,beta=.9"])):
+                                     "--proximal", "mu=.5,beta=.9"]),
+                        ("annealed", ["--schedule", "annealed", "--accumulate", 3, "--pcgrad", "--batch_size", 5]),
+                        ("own", ["--schedule", "mtdnn", "--optimizer_per_task", "--pal", "size=8", "--batch_size", 5])):
         folders = [root / "runs" / f"{name}-{i}" for i in (1, 2)]
         status, said, _ = run(*common, *flags, name=str(folders[0]))
         assert status == 0, said
