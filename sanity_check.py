@@ -1686,6 +1686,8 @@ def test_heads_are_taken_over():
     assert status == 0 and same(*(load_file(Path(str(source_with_pal) + end) / "model.safetensors") for end in ("", "-on")))
     status, said, _ = run("--init_from", workspace() / "tiny")
     assert status == 2 and "not a run" in said, said
+    status, said, _ = run("--init_from", run("--tasks", "sts")[2])  # a cosine has no parameters
+    assert status == 2 and "it holds no heads; to start from its encoder alone: --model" in said, said
     # without --model the encoder too
     tuned = run(steps=4)[2]
     said = io.StringIO()
@@ -2448,8 +2450,17 @@ def test_pretraining_goes_on_where_it_was_killed():
     metrics, metrics_2 = ([{key: value for key, value in json.loads(line).items() if not key.endswith("_per_second")}
                            for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, killed))
     assert metrics == metrics_2 and len(metrics) == 6
-    best = min(line["loss"] for line in metrics if line["kind"] == "evaluation")
-    assert all(torch.load(folder / "last.pt", weights_only=True)["best"] == best for folder in (whole, killed))
+    left[:], losses, killed = [9], iter((5.0, 3.0, 4.0)), whole.with_name(whole.name + "-best")
+    with mock.patch.object(pretrain_mlm, "evaluate", lambda *args: next(losses)):
+        try:  # killed after the first epoch, which stays the best
+            with mock.patch.object(pretrain_mlm, "predict_masked", predict_masked):
+                mlm(*flags, out=killed)
+        except Killed:
+            pass
+        best = (killed / "model.safetensors").read_bytes()
+        status, said = quietly(pretrain_mlm.main, "--resume", killed)
+    assert status == 0 and torch.load(killed / "last.pt", weights_only=True)["best"] == 3.0, said
+    assert (killed / "model.safetensors").read_bytes() == best and "saved" not in said
     status, said, failed = mlm("--batch_size", 4, "--epoch_length", 30, "--lr", 1e30, "--save_every", 0)
     assert status == 1 and ("are not finite" in said or "the loss is nan at" in said), said
     assert not (failed / "last.pt").exists() and not (failed / "model.safetensors").exists(), "nothing that is not finite"
