@@ -199,7 +199,7 @@ class MultitaskBERT(nn.Module):
         args, tensors = read_run(folder)
         try:
             tasks = {name: task_of_run(name, tensors) for name in [*args["trained"], *args["score_also"]]}
-            model = cls(encoder_of_run(folder), tasks, args["pair_head"], args["pooling"], args["hidden_dropout_prob"], args["option"],
+            model = cls(encoder_of_run(folder, args, tensors), tasks, args["pair_head"], args["pooling"], args["hidden_dropout_prob"], args["option"],
                         args["amp"], args["sst_loss"], args["pal"])
             if model.own_state().keys() != tensors.keys():
                 raise ValueError(f"it has not the tensors its flags ask for: {sorted(model.own_state().keys() ^ tensors)}")
@@ -212,8 +212,7 @@ class MultitaskBERT(nn.Module):
         return model.eval()
 
 
-def encoder_of_run(folder):
-    args, tensors = read_run(folder)
+def encoder_of_run(folder, args, tensors):  # args, tensors: of read_run
     return BertModel.from_pretrained(folder, elsewhere=tensors, model_type=MODEL_WITH_PAL if args["pal"] else "bert")
 
 
@@ -495,7 +494,8 @@ def build(args, paths, encoder_folder):
     """(a new model on args.device, {task: {split: Examples}}) of resolved flags. Raises InputError."""
     torch.manual_seed(args.seed)  # for the new heads
     of_run = args.init_from and args.model == str(args.init_from)
-    bert = encoder_of_run(encoder_folder) if of_run else BertModel.from_pretrained(encoder_folder)
+    bert = (encoder_of_run(encoder_folder, *read_run(encoder_folder)) if of_run
+            else BertModel.from_pretrained(encoder_folder))
     heads = bert.config.num_attention_heads
     if args.pal and args.pal["g"] == "attention" and args.pal["size"] % heads:
         raise InputError(f"argument --pal: size {args.pal['size']} is no multiple of the encoder's {heads} attention heads")
