@@ -199,8 +199,8 @@ class MultitaskBERT(nn.Module):
         args, tensors = read_run(folder)
         try:
             tasks = {name: task_of_run(name, tensors) for name in [*args["trained"], *args["score_also"]]}
-            model = cls(encoder_of_run(folder, args, tensors), tasks, args["pair_head"], args["pooling"], args["hidden_dropout_prob"], args["option"],
-                        args["amp"], args["sst_loss"], args["pal"])
+            model = cls(encoder_of_run(folder, args, tensors), tasks, args["pair_head"], args["pooling"],
+                        args["hidden_dropout_prob"], args["option"], args["amp"], args["sst_loss"], args["pal"])
             if model.own_state().keys() != tensors.keys():
                 raise ValueError(f"it has not the tensors its flags ask for: {sorted(model.own_state().keys() ^ tensors)}")
             model.load_state_dict(tensors, strict=False)
