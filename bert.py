@@ -17,7 +17,6 @@ import json
 import pickle
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -298,7 +297,7 @@ def benchmark(flags, rounds=15):
     """
     import numpy as np
 
-    from checkpoint import autocast, get_device
+    from checkpoint import autocast, get_device, median_times
     from data.batches import collate
     from data.tasks import locate
     from flags import resolve
@@ -358,17 +357,10 @@ def benchmark(flags, rounds=15):
         steps["transformers, float32"] = theirs()
     except ImportError as error:
         print(f"left out: {error}")
-    times = {name: [] for name in steps}
-    for i in range(rounds + 2):
-        batches = [(task, collate(data[task]["train"], generator.permutation(len(data[task]["train"]))[:args.batch_size[task]]))
-                   for task in args.tasks]
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step(batches)
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    median = {name: sorted(values[2:])[rounds // 2] for name, values in times.items()}
+    batches = [[(task, collate(data[task]["train"],
+                               generator.permutation(len(data[task]["train"]))[:args.batch_size[task]]))
+                for task in args.tasks] for _ in range(rounds + 2)]
+    median = median_times({name: lambda i, step=step: step(batches[i]) for name, step in steps.items()}, rounds, args.device)
     print(f"a training step of {args.batch_size} rows, times that of packed float32, medians of {rounds}:")
     for name, seconds in median.items():
         print(f"  {name:28} {seconds / median['packed, float32']:.2f}")

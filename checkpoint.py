@@ -152,6 +152,20 @@ def autocast(device, amp):
     return torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext()
 
 
+def median_times(variants, rounds, device):
+    """{name: median seconds} of functions of the round's number. They take turns, since a machine's speed drifts; two more
+    rounds warm up."""
+    times = {name: [] for name in variants}
+    for i in range(rounds + 2):
+        for name, function in variants.items():
+            start = time.perf_counter()
+            function(i)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: sorted(values[2:])[rounds // 2] for name, values in times.items()}
+
+
 def join_processes(device):
     """Meet the other processes where torchrun started several: one a GPU over nccl, or several on the CPU over gloo.
 

@@ -33,8 +33,8 @@ from curves import plot_curves
 from data.batches import Schedule, collate, seed_of
 from data.download import InputError, fetch_encoder
 from data.tasks import TASKS, auxiliary, data_digest, load_data, load_tokenizer, locate
-from evaluation import (answers, checked_rows, decide, describe, describe_answer, describe_confusion, encode_once, evaluate, predict,
-                        read_input, selection, write_errors, write_predictions)
+from evaluation import (answers, checked_rows, decide, describe, describe_answer, describe_confusion, encode_once,
+                        evaluate, predict, read_input, selection, write_errors, write_predictions)
 from flags import SST_LOSSES, resolve
 from optimizer import AdamW, learning_rate, parameter_groups
 from pcgrad import GradientBuffer, describe_gradients, diagnostics, mean_of

@@ -21,9 +21,9 @@ they would enter |g_j|^2 and change the projection.
 
 Dimensions: K rows of J (tasks, or groups of tasks), P shared parameters.
 """
+import functools
 import math
 import random
-import time
 
 import torch
 from torch import distributed
@@ -201,24 +201,23 @@ def step_times(model, optimizer, steps, rounds=15):
 
     steps: some steps, each a list of (name of a row of J, task, batch); they are used over and over.
     """
+    from checkpoint import median_times
+
     names = [name for name, _, _ in steps[0]]
     heads = dict.fromkeys(names, ()) | {names[0]: list(model.heads.parameters())}
     buffers = [GradientBuffer(model.shared_parameters(), heads, surgery) for surgery in (None, "pcgrad")]
-    times = {None: [], "pcgrad": [], "gradvac": []}
-    for i in range(rounds + 2):  # the first two warm up
-        for surgery in times:
-            gradients = buffers[surgery is not None]
-            gradients.surgery = surgery
-            start = time.perf_counter()
-            gradients.zero()
-            for name, task, batch in steps[i % len(steps)]:
-                gradients.backward(name, model.loss(task, batch))
-            gradients.combine(seed=i)
-            optimizer.step()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            times[surgery].append(time.perf_counter() - start)
-    return {surgery: sorted(values[2:])[rounds // 2] for surgery, values in times.items()}
+
+    def step(i, surgery):
+        gradients = buffers[surgery is not None]
+        gradients.surgery = surgery
+        gradients.zero()
+        for name, task, batch in steps[i % len(steps)]:
+            gradients.backward(name, model.loss(task, batch))
+        gradients.combine(seed=i)
+        optimizer.step()
+
+    return median_times({surgery: functools.partial(step, surgery=surgery) for surgery in (None, "pcgrad", "gradvac")},
+                        rounds, model.device.type)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ Dimensions: B examples in the batch, S sequences (B, or 2B where pairs are encod
 H hidden size, C outputs of a task.
 """
 import copy
-import time
+import functools
 
 import torch
 
@@ -155,29 +155,28 @@ def step_times(model, optimizer, gradients, kinds, steps, rounds=15):
 
     steps: some steps, each a list of (task, batch); they are used over and over.
     """
+    from checkpoint import median_times
+
     smart, proximal = Smoothness(kinds), Proximal(model, kinds)
     variants = {"plain": [], "smart": [smart], "smart, ascent with all gradients": [WithAllGradients(kinds)],
                 "proximal": [proximal], "smart and proximal": [smart, proximal]}
-    times = {name: [] for name in variants}
-    for i in range(rounds + 2):  # the first two warm up
-        for name, regularisers in variants.items():
-            start = time.perf_counter()
-            gradients.zero()
-            for task, batch in steps[i % len(steps)]:
-                torch.manual_seed(i)
-                logits = model.logits(task, batch)
-                loss = model.loss(task, batch, logits)
-                for term in regularisers:
-                    loss = loss + term(model, task, batch, logits, seed=i)
-                gradients.backward(task, loss)
-            gradients.combine(seed=i)
-            optimizer.step()
-            if proximal in regularisers:
-                proximal.update(model, progress=1.0)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    return {name: sorted(values[2:])[rounds // 2] for name, values in times.items()}
+
+    def step(i, regularisers):
+        gradients.zero()
+        for task, batch in steps[i % len(steps)]:
+            torch.manual_seed(i)
+            logits = model.logits(task, batch)
+            loss = model.loss(task, batch, logits)
+            for term in regularisers:
+                loss = loss + term(model, task, batch, logits, seed=i)
+            gradients.backward(task, loss)
+        gradients.combine(seed=i)
+        optimizer.step()
+        if proximal in regularisers:
+            proximal.update(model, progress=1.0)
+
+    return median_times({name: functools.partial(step, regularisers=terms) for name, terms in variants.items()}, rounds,
+                        model.device.type)
 
 
 if __name__ == "__main__":
