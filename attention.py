@@ -5,16 +5,23 @@ So the encoder drops the padding, orders the sequences by length, and lays their
 layer, norm and activation then runs on the T real tokens only. Attention sees all sequences of one length as a dense
 (n, L, ...) view of a slice of those tokens, which needs no mask and no padding.
 
+T is rounded up to a multiple of 32 with sequences of one token: a matrix product is set up anew for every new shape, and
+with few shapes a bfloat16 step on a CPU takes two thirds of the time.
+
     python attention.py        what the padding would have cost, and a comparison with padded, masked attention
 
-Dimensions: B sequences in the batch, L tokens in the longest, T real tokens in the batch, n sequences of one length,
-H hidden size, A attention heads, D = H / A.
+Dimensions: B sequences in the batch, L tokens in the longest, T real tokens in the batch (rounded up), n sequences of one
+length, H hidden size, A attention heads, D = H / A.
 """
 import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
+
+T_MULTIPLE = 32
+AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def to_device(tensor, device):
@@ -41,25 +48,28 @@ class Packing:
             raise ValueError(f"sequence {int(lengths.argmin())} of the batch has no real token")
         order = lengths.argsort(stable=True)  # packed sequence -> the caller's row
         row, column = mask[order].nonzero(as_tuple=True)
-        group_length, group_size = lengths[order].unique_consecutive(return_counts=True)
-        ends = lengths[order].cumsum(dim=0)
+        self.fill = -len(row) % T_MULTIPLE  # sequences of one token, behind the batch's
+        lengths = torch.cat([lengths[order], lengths.new_ones(self.fill)])
+        group_length, group_size = lengths.unique_consecutive(return_counts=True)
 
-        self.groups = list(zip(group_size.tolist(), group_length.tolist()))  # [(n, L), ...], L rising
+        self.groups = list(zip(group_size.tolist(), group_length.tolist()))  # [(n, L), ...]
         self.group_tokens = [n * length for n, length in self.groups]
-        self.max_length = self.groups[-1][1]
-        self.positions = to_device(column, device)  # (T,) position of each token in its padded row
-        self.indices = to_device(order[row] * L + column, device)  # (T,) into the flattened (B * L)
+        self.max_length = int(lengths.max())
+        self.positions = to_device(F.pad(column, (0, self.fill)), device)  # (T,) of each token in its padded row
+        self.indices = to_device(order[row] * L + column, device)  # (T - fill,) into the flattened (B * L)
         self.restore = to_device(order.argsort(), device)  # (B,) the caller's row -> packed sequence
-        self.cu_seqlens = to_device(nn.functional.pad(ends, (1, 0)).int(), device)  # (B + 1,) where each one starts
+        self.cu_seqlens = to_device(F.pad(lengths.cumsum(dim=0), (1, 0)).int(), device)  # where each sequence starts
 
-    def pack(self, padded):  # (B, L, ...) -> (T, ...)
+    def pack(self, padded):  # (B, L, ...) -> (T, ...), the last `fill` of them zeros
         if padded.shape[:2] != self.padded_shape:
             raise ValueError(f"tokens {tuple(padded.shape[:2])} beside an attention mask {tuple(self.padded_shape)}")
-        return to_device(padded.flatten(0, 1), self.indices.device).index_select(0, self.indices)
+        tokens = to_device(padded.flatten(0, 1), self.indices.device).index_select(0, self.indices)
+        return torch.cat([tokens, tokens.new_zeros(self.fill, *tokens.shape[1:])])
 
     def unpack(self, packed):  # (T, H) -> (B, L, H), zeros on the padding
         B, L = self.padded_shape
-        return packed.new_zeros(B * L, packed.size(-1)).index_copy(0, self.indices, packed).view(B, L, -1)
+        tokens = packed[:len(self.indices)]
+        return packed.new_zeros(B * L, packed.size(-1)).index_copy(0, self.indices, tokens).view(B, L, -1)
 
     def first(self, packed):  # (T, H) -> (B, H), each sequence's first token, which is [CLS]
         return packed.index_select(0, self.cu_seqlens[:-1].index_select(0, self.restore))
@@ -71,18 +81,28 @@ class Packing:
 
 
 def scaled_dot_product_attention(query, key, value):
-    """softmax(Q K^T / sqrt(D)) V, equation 1 of Vaswani et al. 2017. All (n, A, L, D), sequences of one length."""
-    scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (n, A, L, L)
-    return scores.softmax(dim=-1) @ value  # (n, A, L, D)
+    """softmax(Q K^T / sqrt(D)) V, equation 1 of Vaswani et al. 2017. All (..., L, D), sequences of one length."""
+    scores = query @ key.mT / math.sqrt(query.size(-1))  # (..., L, L)
+    return scores.softmax(dim=-1) @ value  # (..., L, D)
 
 
 def grouped_attention(query, key, value, packing):
-    """The formula above on each group of sequences of equal length. All (T, A, D)."""
-    outputs = []
-    for (n, L), *qkv in zip(packing.groups, *(x.split(packing.group_tokens) for x in (query, key, value))):
-        q, k, v = (x.unflatten(0, (n, L)).transpose(1, 2) for x in qkv)  # (n, A, L, D)
-        outputs.append(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))  # (n * L, A, D)
-    return torch.cat(outputs)
+    """The formula above on each group of sequences of equal length. All (T, A, D).
+
+    In float32 where the rest is in bfloat16, which would make products as small as these slower.
+    """
+    (T, A, D), outputs = query.shape, []
+    qkv = torch.stack((query, key, value), dim=1)  # (T, 3, A, D)
+    with torch.autocast(query.device.type, enabled=False):
+        for (n, L), tokens in zip(packing.groups, at_least_float32(qkv).split(packing.group_tokens)):
+            q, k, v = tokens.view(n, L, 3, A, D).permute(2, 0, 3, 1, 4).reshape(3, n * A, L, D).unbind()
+            output = scaled_dot_product_attention(q, k, v)  # (n * A, L, D)
+            outputs.append(output.view(n, A, L, D).transpose(1, 2).flatten(0, 1))  # (n * L, A, D)
+    return torch.cat(outputs).to(query.dtype)
+
+
+def at_least_float32(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def flash_attention(query, key, value, packing):
@@ -97,6 +117,20 @@ def has_flash(query):
             and query.size(-1) <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0))
 
 
+class Linear(nn.Linear):
+    """x W^T + b. (T, H_in) -> (T, H_out).
+
+    In float32 on a CPU as a convolution of width 1, which oneDNN computes. nn.Linear asks MKL, which leaves AVX-512 alone on
+    AMD's processors and takes twice the time there. In bfloat16 both go to oneDNN.
+    """
+
+    def forward(self, x):
+        if not AVX512 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        image = x.reshape(1, -1, 1, x.size(-1)).permute(0, 3, 1, 2)  # (1, H_in, T, 1) as it lies in memory: channels last
+        return F.conv2d(image, self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1).flatten(0, 2)
+
+
 class BertSelfAttention(nn.Module):
     """Queries, keys and values of A heads, attention, heads side by side again. (T, H) -> (T, H).
 
@@ -107,9 +141,9 @@ class BertSelfAttention(nn.Module):
     def __init__(self, hidden_size, num_attention_heads):
         super().__init__()
         self.num_attention_heads = num_attention_heads
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(hidden_size, hidden_size)
-        self.value = nn.Linear(hidden_size, hidden_size)
+        self.query = Linear(hidden_size, hidden_size)
+        self.key = Linear(hidden_size, hidden_size)
+        self.value = Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states, packing):
         qkv = [layer(hidden_states).unflatten(-1, (self.num_attention_heads, -1))  # (T, A, D)
@@ -132,10 +166,10 @@ class ProjectedAttention(nn.Module):
 
     def __init__(self, hidden_size, size, num_attention_heads, num_layers, g="attention"):
         super().__init__()
-        self.encode, self.decode = nn.Linear(hidden_size, size), nn.Linear(size, hidden_size)
+        self.encode, self.decode = Linear(hidden_size, size), Linear(size, hidden_size)
         self.attentions = nn.ModuleList(BertSelfAttention(size, num_attention_heads)
                                         for _ in range(num_layers if g == "attention" else 0))
-        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+        for linear in (module for module in self.modules() if isinstance(module, Linear)):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         nn.init.zeros_(self.decode.weight)
@@ -152,13 +186,13 @@ if __name__ == "__main__":
     lengths = torch.tensor([5, 31, 9, 9, 14, 5, 22, 9])
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     packing = Packing(mask)
-    query, key, value = torch.randn(3, int(lengths.sum()), 12, 32)
+    query, key, value = torch.randn(3, len(packing.positions), 12, 32)
     ours = packing.unpack(grouped_attention(query, key, value, packing).flatten(1))
 
     padded = [packing.unpack(x.flatten(1)).unflatten(-1, (12, 32)).transpose(1, 2) for x in (query, key, value)]
-    textbook = nn.functional.scaled_dot_product_attention(*padded, attn_mask=mask[:, None, None].bool())
+    textbook = F.scaled_dot_product_attention(*padded, attn_mask=mask[:, None, None].bool())
     difference = (textbook.transpose(1, 2).flatten(2) * mask[..., None] - ours).abs().max()
-    print(f"{mask.numel()} padded tokens, {packing.positions.numel()} real ones, groups (n, L): {packing.groups}")
+    print(f"{mask.numel()} padded tokens, {len(packing.indices)} real ones and {packing.fill} to fill up, groups (n, L): {packing.groups}")
     print(f"largest difference from padded, masked attention: {difference:.1e}")
     if torch.cuda.is_available() and has_flash(query.cuda().bfloat16()):
         qkv, packing = [x.cuda().bfloat16() for x in (query, key, value)], Packing(mask, "cuda")

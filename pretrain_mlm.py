@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from attention import Linear
 from bert import BertModel, read_checkpoint
 from checkpoint import Interruption, Meter, Run, RunFailed, autocast, exit_status, get_device
 from curves import plot_losses
@@ -52,7 +53,7 @@ class MaskedLM(nn.Module):
         super().__init__()
         H = bert.config.hidden_size
         self.bert, self.amp = bert, amp
-        self.dense, self.layer_norm = nn.Linear(H, H), nn.LayerNorm(H, eps=bert.config.layer_norm_eps)
+        self.dense, self.layer_norm = Linear(H, H), nn.LayerNorm(H, eps=bert.config.layer_norm_eps)
         nn.init.normal_(self.dense.weight, std=bert.config.initializer_range)
         nn.init.zeros_(self.dense.bias)
         self.bias = nn.Parameter(torch.zeros(bert.config.vocab_size))

@@ -45,7 +45,7 @@ import multitask_classifier
 import pcgrad
 import pretrain_mlm
 import smart
-from bert import BertConfig, BertModel, our_name, published_name
+from bert import BertConfig, BertModel, Dropout, our_name, published_name
 from checkpoint import exit_status
 from curves import read_metrics
 from data import download, tasks
@@ -160,7 +160,7 @@ def test_flash_attention_hands_over_the_right_bounds():
                           for qkv in zip(*pieces)])
 
     packing = attention.Packing(random_batch(TINY, [5, 2, 9, 5, 1])[1])
-    query, key, value = torch.randn(3, 22, 4, 8)
+    query, key, value = torch.randn(3, 32, 4, 8)  # 22 real tokens and 10 to fill up
     with mock.patch.object(attention, "varlen_attn", kernel):
         flash = attention.flash_attention(query, key, value, packing)
     assert (flash - attention.grouped_attention(query, key, value, packing)).abs().max() < 1e-5
@@ -170,7 +170,7 @@ def test_flash_attention_on_cuda():
     if not torch.cuda.is_available():
         raise SkipTest("no CUDA device")
     packing = attention.Packing(random_batch(TINY, [50, 2, 9, 31, 128])[1], "cuda")
-    query, key, value = torch.randn(3, 220, 12, 32, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    query, key, value = torch.randn(3, 224, 12, 32, device="cuda", dtype=torch.bfloat16).requires_grad_()
     outputs = [attend(query, key, value, packing) for attend in (attention.flash_attention, attention.grouped_attention)]
     gradients = [torch.autograd.grad(output.float().square().sum(), query)[0] for output in outputs]
     for a, b in (outputs, gradients):
@@ -183,11 +183,13 @@ def test_packing_comes_back_in_the_callers_order():
     packing = attention.Packing(mask)
     padded = torch.randn(5, 6, 3)
     packed = packing.pack(padded)
-    assert packed.shape == (17, 3) and torch.equal(packing.unpack(packed), padded * mask[..., None])
+    assert packed.shape == (32, 3) and not packed[17:].any() and torch.equal(packing.unpack(packed), padded * mask[..., None])
     assert torch.equal(packing.first(packed), padded[:, 0])
     means = torch.stack([row[:n].mean(dim=0) for row, n in zip(padded, lengths)])
     assert (packing.mean(packed) - means).abs().max() < 1e-6
-    assert packing.groups == [(1, 1), (1, 2), (2, 4), (1, 6)]
+    assert packing.groups == [(1, 1), (1, 2), (2, 4), (1, 6), (15, 1)]
+    assert packing.cu_seqlens.tolist() == [0, 1, 3, 7, 11, 17, *range(18, 33)] and packing.max_length == 6
+    assert attention.Packing(torch.ones(4, 8)).groups == [(4, 8)]  # nothing to fill up
     raises(ValueError, "sequence 1", attention.Packing, torch.tensor([[1, 1], [0, 0]]))
     raises(ValueError, "tokens (5, 7) beside an attention mask (5, 6)", packing.pack, torch.zeros(5, 7))
 
@@ -199,7 +201,49 @@ def test_every_linear_layer_computes_real_tokens_only():
             module.register_forward_hook(lambda module, inputs, output: computed.append(output.numel() // output.size(-1)))
     model.embed_layer_norm.register_forward_hook(lambda module, inputs, output: computed.append(output.shape[0]))
     model(*random_batch(TINY, [3, 30, 7, 11]))
-    assert len(computed) == 1 + 2 * 8 and set(computed) == {51}, computed
+    assert len(computed) == 1 + 2 * 8 and set(computed) == {64}, computed  # 51 rounded up; padded they would be 120
+
+
+def test_linear_equals_torch_linear():
+    """Values and gradients of both ways to compute it, and that each is taken where it should be."""
+    torch.manual_seed(0)
+    theirs, x = nn.Linear(24, 40), torch.randn(64, 24, requires_grad=True)
+    ours = attention.Linear(24, 40)
+    ours.load_state_dict(theirs.state_dict())
+    weights, convolution = torch.randn(64, 40), mock.Mock(wraps=F.conv2d)
+    expected = theirs(x), *torch.autograd.grad((theirs(x) * weights).sum(), (x, theirs.weight, theirs.bias))
+    for avx512, dtype, amp, convolved in ((True, torch.float32, False, True), (False, torch.float32, False, False),
+                                          (True, torch.float64, False, False), (True, torch.float32, True, False)):
+        ours, input = ours.to(dtype), x.detach().to(dtype).requires_grad_()
+        convolution.reset_mock()
+        with mock.patch.object(attention, "AVX512", avx512), mock.patch.object(F, "conv2d", convolution), \
+                torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            output = ours(input)
+        assert convolution.called == convolved and output.is_contiguous()
+        got = output, *torch.autograd.grad((output * weights).sum(), (input, ours.weight, ours.bias))
+        for a, b in zip(got, expected):
+            assert (a - b).norm() < (1e-2 if amp else 1e-6) * b.norm()
+
+
+def test_dropout_drops_its_share():
+    dropout, x = Dropout(0.1).train(), torch.randn(1001, 997, requires_grad=True)
+    torch.manual_seed(0)
+    output = dropout(x)
+    zeros = output == 0
+    n = zeros.numel()
+    assert abs(zeros.sum() - 0.1 * n) < 5 * math.sqrt(0.09 * n)
+    for i in range(4):  # four numbers share 64 random bits: each place has its share, and no two go together
+        assert abs(zeros.flatten()[i::4].sum() - 0.1 * n / 4) < 5 * math.sqrt(0.09 * n / 4)
+        both = (zeros.flatten()[:-3] & zeros.flatten()[i:n - 3 + i]).sum()
+        assert i == 0 or abs(both - 0.01 * n) < 5 * math.sqrt(0.0099 * n)
+    assert (output - (x / 0.9).masked_fill(zeros, 0)).abs().max() < 1e-3
+    gradient, = torch.autograd.grad(output.sum(), x)
+    assert torch.equal(gradient == 0, zeros) and (gradient[~zeros] - 1 / 0.9).abs().max() < 1e-3
+    assert not torch.equal(dropout(x) == 0, zeros)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), output)
+    assert torch.equal(dropout.eval()(x), x) and torch.equal(Dropout(0.0).train()(x), x)
+    assert Dropout(0.5).train()(x.bfloat16()).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------- bert.py
@@ -1612,7 +1656,8 @@ def test_projected_attention_layers():
         packing = attention.Packing(torch.ones_like(sentence))
         pal = model.pal["sts"]
         for i, layer in enumerate(model.bert.bert_layers):
-            a = layer.attention_layer_norm(hidden + layer.attention_dense(layer.self_attention(hidden, packing)))
+            attended = layer.self_attention(packing.pack(hidden[None]), packing)[:len(hidden)]
+            a = layer.attention_layer_norm(hidden + layer.attention_dense(attended))
             projected = hidden @ pal.encode.weight.T + pal.encode.bias
             if g == "attention":
                 q, k, v = (linear(projected).unflatten(-1, (4, 2)).transpose(0, 1) for linear in (
