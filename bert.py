@@ -308,7 +308,9 @@ def read_checkpoint(folder):
 def benchmark(flags, rounds=15):
     """Print the time of a training step on all tasks: packed, with its padding, in bfloat16, and around transformers' BERT.
 
-    flags: of multitask_classifier.py. The variants take turns on the same batches; the first two rounds warm up.
+    flags: of multitask_classifier.py. The variants take turns on the same batches; the first two rounds warm up. Beside each
+    stands what share of the arithmetic rate of a large matrix product it reaches, a step being 6 operations for each
+    parameter of the layers and each real token.
     """
     import numpy as np
 
@@ -375,10 +377,19 @@ def benchmark(flags, rounds=15):
     batches = [[(task, collate(data[task]["train"],
                                generator.permutation(len(data[task]["train"]))[:args.batch_size[task]]))
                 for task in args.tasks] for _ in range(rounds + 2)]
-    median = median_times({name: lambda i, step=step: step(batches[i]) for name, step in steps.items()}, rounds, args.device)
-    print(f"a training step of {args.batch_size} rows, times that of packed float32, medians of {rounds}:")
-    for name, seconds in median.items():
-        print(f"  {name:28} {seconds / median['packed, float32']:.2f}")
+    timed = {name: lambda i, step=step: step(batches[i]) for name, step in steps.items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        square, product = torch.randn(2048, 2048), Linear(2048, 2048, bias=False).requires_grad_(False)
+        square, product = (x.to(args.device, dtype) for x in (square, product))
+        timed[dtype] = lambda i, square=square, product=product: product(square)
+    median = median_times(timed, rounds, args.device)
+    tokens = sum(int(batch.attention_mask.sum()) for step in batches for _, batch in step) / len(batches)
+    operations = 6 * sum(p.numel() for p in model.bert.bert_layers.parameters()) * tokens
+    print(f"a training step of {args.batch_size} rows, {tokens:.0f} tokens: medians of {rounds} over that of packed float32, "
+          "and the share of the rate of a large matrix product:")
+    for name in steps:
+        rate = 2 * 2048 ** 3 / median[torch.bfloat16 if "bfloat16" in name else torch.float32]
+        print(f"  {name:28} {median[name] / median['packed, float32']:.2f}  {operations / median[name] / rate:4.0%}")
 
 
 if __name__ == "__main__":

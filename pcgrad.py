@@ -214,6 +214,7 @@ def step_times(model, optimizer, steps, rounds=15):
         for name, task, batch in steps[i % len(steps)]:
             gradients.backward(name, model.loss(task, batch))
         gradients.combine(seed=i)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
     return median_times({surgery: functools.partial(step, surgery=surgery) for surgery in (None, "pcgrad", "gradvac")},

@@ -171,6 +171,7 @@ def step_times(model, optimizer, gradients, kinds, steps, rounds=15):
                 loss = loss + term(model, task, batch, logits, seed=i)
             gradients.backward(task, loss)
         gradients.combine(seed=i)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if proximal in regularisers:
             proximal.update(model, progress=1.0)
