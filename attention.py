@@ -2,7 +2,7 @@
 
 A batch of sentences padded to the longest is mostly padding: random batches of 32 cross-encoded STS pairs are 41 % text.
 So the encoder drops the padding, orders the sequences by length, and lays their real tokens end to end; every linear
-layer, norm and activation then runs on the T real tokens only. Attention sees all sequences of one length as a dense
+layer, norm and activation then runs on these T tokens. Attention sees all sequences of one length as a dense
 (n, L, ...) view of a slice of those tokens, which needs no mask and no padding.
 
 T is rounded up to a multiple of 32 with sequences of one token: a matrix product is set up anew for every new shape, and
@@ -48,7 +48,7 @@ class Packing:
             raise ValueError(f"sequence {int(lengths.argmin())} of the batch has no real token")
         order = lengths.argsort(stable=True)  # packed sequence -> the caller's row
         row, column = mask[order].nonzero(as_tuple=True)
-        self.fill = -len(row) % T_MULTIPLE  # sequences of one token, behind the batch's
+        self.fill = -len(row) % T_MULTIPLE  # how many sequences of one token come behind the batch's
         lengths = torch.cat([lengths[order], lengths.new_ones(self.fill)])
         group_length, group_size = lengths.unique_consecutive(return_counts=True)
 
@@ -89,7 +89,7 @@ def scaled_dot_product_attention(query, key, value):
 def grouped_attention(query, key, value, packing):
     """The formula above on each group of sequences of equal length. All (T, A, D).
 
-    In float32 where the rest is in bfloat16, which would make products as small as these slower.
+    In float32 where the rest is in bfloat16, which makes products as small as these slower on a CPU.
     """
     (T, A, D), outputs = query.shape, []
     qkv = torch.stack((query, key, value), dim=1)  # (T, 3, A, D)
@@ -118,17 +118,19 @@ def has_flash(query):
 
 
 class Linear(nn.Linear):
-    """x W^T + b. (T, H_in) -> (T, H_out).
+    """x W^T + b. (..., H_in) -> (..., H_out).
 
-    In float32 on a CPU as a convolution of width 1, which oneDNN computes. nn.Linear asks MKL, which leaves AVX-512 alone on
-    AMD's processors and takes twice the time there. In bfloat16 both go to oneDNN.
+    (T, H_in) in float32 on a CPU as a convolution of width 1, which oneDNN computes. nn.Linear asks MKL, which leaves AVX-512
+    alone on AMD's processors and takes twice the time there. In bfloat16 both go to oneDNN. The rows are taken as 16 images,
+    since torch gives oneDNN a convolution of fewer only where there are several threads.
     """
 
     def forward(self, x):
-        if not AVX512 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        if (not AVX512 or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+                or x.ndim != 2 or len(x) < 128 or len(x) % 16):
             return super().forward(x)
-        image = x.reshape(1, -1, 1, x.size(-1)).permute(0, 3, 1, 2)  # (1, H_in, T, 1) as it lies in memory: channels last
-        return F.conv2d(image, self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1).flatten(0, 2)
+        images = x.reshape(16, -1, 1, x.size(-1)).permute(0, 3, 1, 2)  # (16, H_in, T / 16, 1), channels last in memory
+        return F.conv2d(images, self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class BertSelfAttention(nn.Module):

@@ -8,7 +8,7 @@ published BERT checkpoint loads through one table of names, and is saved in the 
     python bert.py                 encode two sentences and compare with `transformers` where it is installed
     python bert.py --benchmark     what a training step costs, beside one around `transformers`; flags of the main script
 
-Dimensions: B sequences in the batch, L tokens in the longest, T real tokens in the batch, H hidden size.
+Dimensions: B sequences in the batch, L tokens in the longest, T packed tokens, H hidden size.
 """
 import copy
 import dataclasses
@@ -95,9 +95,9 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x):
-        if not self.training or x.device.type != "cpu":
-            return super().forward(x)
         dropped = round(self.p * 2 ** 16)  # of the 2^16 values of 16 bits
+        if not self.training or x.device.type != "cpu" or dropped in (0, 2 ** 16):
+            return super().forward(x)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
         kept = (bits[:x.numel()] >= dropped - 2 ** 15).view(x.shape).to(x.dtype)
         return x * kept.mul_(2 ** 16 / (2 ** 16 - dropped))
@@ -163,7 +163,7 @@ class BertModel(nn.Module):
         return self.embed_dropout(self.embed_layer_norm(embeddings))
 
     def encode_packed(self, hidden_states, packing, adapter=None):
-        """The layers, on real tokens only. (T, H) -> (T, H). adapter: a ProjectedAttention."""
+        """The layers, on packed tokens. (T, H) -> (T, H). adapter: a ProjectedAttention."""
         for i, layer in enumerate(self.bert_layers):
             added = None if adapter is None else adapter(i, hidden_states, packing)
             hidden_states = layer(hidden_states, packing, added)
@@ -177,7 +177,8 @@ class BertModel(nn.Module):
     def pack(self, input_ids, attention_mask, token_type_ids=None):
         """Drop the padding of a batch. Raises ValueError for an empty sequence, or a batch wider than the positions.
 
-        Returns (T,) input_ids, (T,) token_type_ids or None, and the Packing, on the model's device.
+        Returns (T,) input_ids, (T,) token_type_ids or None, and the Packing, on the model's device. The ids end in zeros
+        that fill T up.
         """
         if input_ids.size(1) > self.config.max_position_embeddings:
             raise ValueError(f"a batch {input_ids.size(1)} tokens wide, and the encoder has "
@@ -378,17 +379,19 @@ def benchmark(flags, rounds=15):
                                generator.permutation(len(data[task]["train"]))[:args.batch_size[task]]))
                 for task in args.tasks] for _ in range(rounds + 2)]
     timed = {name: lambda i, step=step: step(batches[i]) for name, step in steps.items()}
-    for dtype in (torch.float32, torch.bfloat16):
+    products = {name: next(dtype for dtype in ("float32", "bfloat16") if dtype in name) + " product" for name in steps}
+    for name in set(products.values()):
+        dtype = getattr(torch, name.split()[0])
         square, product = torch.randn(2048, 2048), Linear(2048, 2048, bias=False).requires_grad_(False)
-        square, product = (x.to(args.device, dtype) for x in (square, product))
-        timed[dtype] = lambda i, square=square, product=product: product(square)
+        square, product = square.to(args.device, dtype), product.to(args.device, dtype)
+        timed[name] = lambda i, square=square, product=product: product(square)
     median = median_times(timed, rounds, args.device)
     tokens = sum(int(batch.attention_mask.sum()) for step in batches for _, batch in step) / len(batches)
     operations = 6 * sum(p.numel() for p in model.bert.bert_layers.parameters()) * tokens
     print(f"a training step of {args.batch_size} rows, {tokens:.0f} tokens: medians of {rounds} over that of packed float32, "
           "and the share of the rate of a large matrix product:")
     for name in steps:
-        rate = 2 * 2048 ** 3 / median[torch.bfloat16 if "bfloat16" in name else torch.float32]
+        rate = 2 * 2048 ** 3 / median[products[name]]
         print(f"  {name:28} {median[name] / median['packed, float32']:.2f}  {operations / median[name] / rate:4.0%}")
 
 

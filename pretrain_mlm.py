@@ -10,7 +10,7 @@ a random token, and 10 % are left. The text is that of the training files alone;
 perplexity that are shown. A pair is one sequence. A run leaves a BERT folder with the masked-LM head beside the encoder,
 metrics.jsonl and curve.png.
 
-Dimensions: B sequences in the batch, L tokens in the longest, T real tokens, N chosen tokens, H hidden size, V vocabulary.
+Dimensions: B sequences in the batch, L tokens in the longest, T packed tokens, N chosen tokens, H hidden size, V vocabulary.
 """
 import dataclasses
 import math

@@ -53,7 +53,7 @@ from data.batches import ONE_TASK_A_STEP, SCHEDULES, Schedule, Stream, collate, 
 from data.download import DEFAULT_ENCODER, InputError, cache_folder, fetch_encoder
 from data.tasks import TASKS, load_tokenizer, read_examples, tokenize
 from multitask_classifier import MultitaskBERT
-from optimizer import AdamW, learning_rate
+from optimizer import CHUNK, AdamW, learning_rate
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE / "data" / "demo"
@@ -205,24 +205,38 @@ def test_every_linear_layer_computes_real_tokens_only():
 
 
 def test_linear_equals_torch_linear():
-    """Values and gradients of both ways to compute it, and that each is taken where it should be."""
+    """Values and gradients of both ways to compute it, and that oneDNN computes what it should."""
     torch.manual_seed(0)
-    theirs, x = nn.Linear(24, 40), torch.randn(64, 24, requires_grad=True)
-    ours = attention.Linear(24, 40)
-    ours.load_state_dict(theirs.state_dict())
-    weights, convolution = torch.randn(64, 40), mock.Mock(wraps=F.conv2d)
-    expected = theirs(x), *torch.autograd.grad((theirs(x) * weights).sum(), (x, theirs.weight, theirs.bias))
-    for avx512, dtype, amp, convolved in ((True, torch.float32, False, True), (False, torch.float32, False, False),
-                                          (True, torch.float64, False, False), (True, torch.float32, True, False)):
+    theirs, ours, convolution = nn.Linear(24, 40), attention.Linear(24, 40), mock.Mock(wraps=F.conv2d)
+    for shape, avx512, dtype, amp, convolved in (
+            ((128, 24), True, torch.float32, False, True), ((128, 24), False, torch.float32, False, False),
+            ((128, 24), True, torch.float64, False, False), ((128, 24), True, torch.float32, True, False),
+            ((0, 24), True, torch.float32, False, False), ((17, 24), True, torch.float32, False, False),
+            ((136, 24), True, torch.float32, False, False), ((128, 3, 24), True, torch.float32, False, False)):
+        x, weights = torch.randn(shape).requires_grad_(), torch.randn(*shape[:-1], 40)
+        expected = theirs(x), *torch.autograd.grad((theirs(x) * weights).sum(), (x, theirs.weight, theirs.bias))
+        ours.load_state_dict(theirs.state_dict())
         ours, input = ours.to(dtype), x.detach().to(dtype).requires_grad_()
-        convolution.reset_mock()
-        with mock.patch.object(attention, "AVX512", avx512), mock.patch.object(F, "conv2d", convolution), \
-                torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        with mock.patch.object(attention, "AVX512", avx512), torch.autocast("cpu", torch.bfloat16, enabled=amp), \
+                mock.patch.object(F, "conv2d", convolution):
             output = ours(input)
-        assert convolution.called == convolved and output.is_contiguous()
+        assert convolution.called == convolved and output.shape == expected[0].shape and output.is_contiguous()
+        if attention.AVX512 and convolved:  # with one thread too
+            backend = torch._C._select_conv_backend(*convolution.call_args.args, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+            assert backend == torch._C._ConvBackend.Mkldnn
+        convolution.reset_mock()
         got = output, *torch.autograd.grad((output * weights).sum(), (input, ours.weight, ours.bias))
         for a, b in zip(got, expected):
-            assert (a - b).norm() < (1e-2 if amp else 1e-6) * b.norm()
+            assert (a - b).norm() <= (1e-2 if amp else 1e-6) * b.norm()
+
+
+def test_attention_is_float32_under_autocast():
+    torch.manual_seed(0)
+    packing = attention.Packing(random_batch(TINY, [5, 2, 9, 5, 1])[1])
+    qkv = torch.randn(3, 32, 4, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attention.grouped_attention(*qkv, packing)
+    assert torch.equal(output, attention.grouped_attention(*qkv.float(), packing).bfloat16())
 
 
 def test_dropout_drops_its_share():
@@ -244,6 +258,7 @@ def test_dropout_drops_its_share():
     assert torch.equal(dropout(x), output)
     assert torch.equal(dropout.eval()(x), x) and torch.equal(Dropout(0.0).train()(x), x)
     assert Dropout(0.5).train()(x.bfloat16()).dtype == torch.bfloat16
+    assert not Dropout(1.0).train()(x).any() and not Dropout(1 - 1e-9).train()(x).any()
 
 
 # ---------------------------------------------------------------- bert.py
@@ -449,7 +464,7 @@ def test_adamw_is_the_written_out_formula():
 def test_adamw_works_in_chunks():
     """A parameter longer than a chunk, and one whose memory is not contiguous, move like their numbers one by one."""
     torch.manual_seed(3)
-    long, turned = nn.Parameter(torch.randn(2 * 70000)), nn.Parameter(torch.randn(4, 6).t())
+    long, turned = nn.Parameter(torch.randn(CHUNK + 1000)), nn.Parameter(torch.randn(4, 6).t())
     for parameter in (long, turned):
         g = torch.randn(parameter.shape)
         expected = parameter.detach() - 0.1 * math.sqrt(0.001) / 0.1 * 0.1 * g / ((0.001 * g * g).sqrt() + 1e-6)
@@ -1970,7 +1985,7 @@ def test_bad_input_gives_one_line_and_status_2():
                           ("six", b"\tid\tsentence1\tsentence2\tsimilarity\n0\tx\ta\tb\t6\n")):
         (files / f"{name}.csv").write_bytes(content)
     for name in ("no-vocab", "other-vocab", "long-vocab", "no-weights", "cut-weights", "flipped-weights", "gpt", "heads",
-                 "words"):
+                 "words", "dropout"):
         shutil.copytree(root / "tiny", encoders / name)
     (encoders / "no-vocab" / "vocab.txt").unlink()
     (encoders / "other-vocab" / "vocab.txt").write_text("<s>\n</s>\nhello\n")
@@ -1981,7 +1996,7 @@ def test_bad_input_gives_one_line_and_status_2():
     (encoders / "cut-weights" / "model.safetensors").write_bytes(weights[:-100])
     (encoders / "flipped-weights" / "model.safetensors").write_bytes(weights[:-100] + bytes([weights[-100] ^ 4]) + weights[-99:])
     for name, field, value in (("gpt", "model_type", "gpt2"), ("heads", "num_attention_heads", 5),
-                               ("words", "hidden_size", "many")):
+                               ("words", "hidden_size", "many"), ("dropout", "hidden_dropout_prob", 1.0)):
         (encoders / name / "config.json").write_text(json.dumps({**config, field: value}))
     (root / "empty.csv").write_text("")
     (root / "labels.csv").write_text("\tid\tsentence\tsentiment\n0\tx\tgood\t9\n")
@@ -2086,6 +2101,7 @@ def test_bad_input_gives_one_line_and_status_2():
         (["--model", str(encoders / "gpt")], "model_type is 'gpt2'"),
         (["--model", str(encoders / "heads")], "is no multiple of num_attention_heads"),
         (["--model", str(encoders / "words")], "hidden_size is 'many'"),
+        (["--model", str(encoders / "dropout")], "hidden_dropout_prob is 1.0"),
     ]
     assert len(table) >= 90
     for flags, part in table:
