@@ -6,7 +6,7 @@ layer, norm and activation then runs on these T tokens. Attention sees all seque
 (n, L, ...) view of a slice of those tokens, which needs no mask and no padding.
 
 T is rounded up to a multiple of 32 with sequences of one token: a matrix product is set up anew for every new shape, and
-with few shapes a bfloat16 step on a CPU takes two thirds of the time.
+with few shapes the products of a bfloat16 step on a CPU take two thirds of the time.
 
     python attention.py        what the padding would have cost, and a comparison with padded, masked attention
 
