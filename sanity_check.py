@@ -11,6 +11,7 @@ import contextlib
 import csv
 import functools
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -1963,6 +1964,37 @@ def test_rows_of_the_readme_run():
             assert status == 0 and leaves.exists(), (row, command, said.getvalue())
             if leaves.suffix == ".jsonl":
                 assert read_metrics(leaves.parent, "evaluation"), (row, command)
+
+
+def test_rows_of_the_results():
+    """Every command of results/rows/rows.py is understood, and its table says what its records hold."""
+    specification = importlib.util.spec_from_file_location("rows", HERE / "results" / "rows" / "rows.py")
+    rows = importlib.util.module_from_spec(specification)
+    sys.modules["rows"] = rows  # dataclasses look there
+    specification.loader.exec_module(rows)
+    for name in rows.ROWS:
+        python, script, *given = rows.command_of(name, 3).replace(" --amp", "").split()
+        args = multitask_classifier.resolve(given)
+        assert (python, script, args.seed, args.name) == ("python", "multitask_classifier.py", 3, f"rows/{name}-3")
+        assert args.trained == ["sst"] or args.epochs * args.epoch_length * {
+            "round_robin": 3, "mixed": 3}.get(args.schedule, 1) * (args.batch_size if args.schedule == "mixed" else
+                                                                  args.batch_size["sst"]) in (30000, 30240), name
+    for name in rows.PRETRAINING:
+        pretrain_mlm.get_parser().parse_args(rows.command_of(name, 3).split()[2:])
+    root = Path(tempfile.mkdtemp(dir=workspace()))
+    for name, seed, dev in (("1b", 1, .40), ("1b", 2, .42), ("1d", 1, .50), ("1d", 2, .52)):
+        folder = root / f"{name}-{seed}"
+        folder.mkdir()
+        (folder / "args.json").write_text(json.dumps({"trained": ["sst", "para", "sts"]}))
+        lines = [{"kind": "evaluation", "step": step, "dev": dict.fromkeys(("sst", "para", "sts"), score)}
+                 for step, score in ((1, dev), (2, dev - .1))]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = io.StringIO()
+    with mock.patch.object(rows, "HERE", root), contextlib.redirect_stdout(said):
+        rows.tables()
+    assert "| 2 | 0.510 ± 0.014 | 0.510 ± 0.014 | 0.510 ± 0.014 | 0.510 ± 0.014 | 0.485 / 0.840 / 0.660 |" in said.getvalue()
+    assert ("| 1b to 1d: 1b with PCGrad | +0.000, +0.100: does not hold | -0.013, +0.100: does not hold | "
+            "+0.025, +0.100: holds |") in said.getvalue()
 
 
 def test_bad_input_gives_one_line_and_status_2():
