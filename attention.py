@@ -95,7 +95,7 @@ def grouped_attention(query, key, value, packing):
     qkv = torch.stack((query, key, value), dim=1)  # (T, 3, A, D)
     with torch.autocast(query.device.type, enabled=False):
         for (n, L), tokens in zip(packing.groups, at_least_float32(qkv).split(packing.group_tokens)):
-            q, k, v = tokens.view(n, L, 3, A, D).permute(2, 0, 3, 1, 4).reshape(3, n * A, L, D).unbind()
+            q, k, v = tokens.view(n, L, 3, A, D).permute(2, 0, 3, 1, 4).reshape(3, n * A, L, D).unbind()  # one copy
             output = scaled_dot_product_attention(q, k, v)  # (n * A, L, D)
             outputs.append(output.view(n, A, L, D).transpose(1, 2).flatten(0, 1))  # (n * L, A, D)
     return torch.cat(outputs).to(query.dtype)
