@@ -90,7 +90,7 @@ def learning_rate(peak, progress, warmup, schedule="linear"):
 
 
 if __name__ == "__main__":
-    import time
+    from checkpoint import median_times
 
     def quadratic(make, steps=200):
         torch.manual_seed(0)
@@ -111,20 +111,14 @@ if __name__ == "__main__":
              "torch, foreach": lambda p: torch.optim.AdamW(p, foreach=True),
              "torch, loop": lambda p: torch.optim.AdamW(p, foreach=False)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    optimizers, times = {}, {kind: [] for kind in kinds}
+    optimizers = {}
     for kind, make in kinds.items():
         parameters = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
         optimizers[kind] = make(parameters)
-    for _ in range(13):  # interleaved, since a machine's speed drifts; the first three rounds warm up
-        for kind, optimizer in optimizers.items():
-            start = time.perf_counter()
-            optimizer.step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[kind].append(time.perf_counter() - start)
-    median = {kind: sorted(values[3:])[5] for kind, values in times.items()}
+    steps = {kind: lambda i, step=optimizer.step: step() for kind, optimizer in optimizers.items()}
+    median = median_times(steps, 11, device)
     parameters = sum(math.prod(shape) for shape in shapes)
     for kind, seconds in median.items():
         print(f"{kind:15} {seconds / median['torch, fused']:5.2f} x torch's fused step "

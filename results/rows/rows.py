@@ -127,14 +127,14 @@ def environment(data_dir):
 def run(name, seed, data_dir):
     """Train a row, after what it starts from, and keep its record; where that is there and the weights are not wanted,
     nothing. A run that was interrupted goes on."""
-    kept, folder = HERE / f"{name}-{seed}", PROJECT / f"runs/rows/{name}-{seed}"
-    if name in ROWS and kept.exists():
+    kept = HERE / f"{name}-{seed}"
+    if kept.exists():
         return print(f"{name}, seed {seed}: {kept} is there")
-    train(name, seed, data_dir, folder)
+    folder = train(name, seed, data_dir)
     flags = json.loads((folder / "args.json").read_text())
     for machine in ("data_dir", "folder", "argv"):  # what is this machine's; command.txt has the flags as typed
         flags.pop(machine, None)
-    new = kept.with_suffix(".part")
+    new = kept.with_name(f"{kept.name}.part")  # a row's name may have a dot
     new.mkdir(exist_ok=True)
     (new / "args.json").write_text(json.dumps(flags, indent=2) + "\n")
     (new / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text())
@@ -143,19 +143,20 @@ def run(name, seed, data_dir):
     new.rename(kept)
 
 
-def train(name, seed, data_dir, folder):
-    """Leave the run in `folder`, with its environment.json, which says that it has ended."""
+def train(name, seed, data_dir):
+    """The folder of the run of a row or a pretraining, trained if it is not there. environment.json says that it has ended."""
+    folder = PROJECT / f"runs/rows/{name}-{seed}"
     if (folder / "environment.json").exists():
-        return
-    start = ROWS[name].start if name in ROWS else None
-    if start:
-        train(start, seed, data_dir, PROJECT / f"runs/rows/{start}-{seed}")
+        return folder
+    if name in ROWS and ROWS[name].start:
+        train(ROWS[name].start, seed, data_dir)
     command, surroundings, before = command_of(name, seed), environment(data_dir), time.time()
     flags = ["--resume", str(folder)] if folder.exists() else command.split()[2:]
     print(command, flush=True)
     subprocess.run([sys.executable, command.split()[1], *flags, "--data_dir", data_dir], cwd=PROJECT, check=True)
     surroundings["minutes"] = round((time.time() - before) / 60, 1)
     (folder / "environment.json").write_text(json.dumps(surroundings, indent=2) + "\n")
+    return folder
 
 
 # ---------------------------------------------------------------- tables
