@@ -1,4 +1,5 @@
-"""The rows of the five reports' tables at one budget: 30,000 examples, after any pretraining, all-MiniLM-L6-v2, mean pooling.
+"""The rows of the five reports' tables at one budget: 30,000 examples, after any pretraining, all-MiniLM-L6-v2, mean pooling;
+and the search for the best system, at 60,000: the defaults, what is added to them, and what is taken from the best.
 
     python results/rows/rows.py run ROW ... --seeds 1 2 3 --data_dir DIR     train; results/rows/ROW-SEED/ keeps
                                                                              command, args, metrics and environment
@@ -45,6 +46,7 @@ MTDNN = f"{ONE_TASK} --schedule mtdnn --upsample --pair_head uv"
 REPORT_3 = "--pair_head para=uv,sts=cosine --hidden_dropout_prob 0.1"
 SMART = "--smart --proximal mu=0.8,beta=0.95"
 ANNEALED = f"{ONE_TASK} --schedule annealed --pair_head cross --weight_decay 0.01 --hidden_dropout_prob 0.2"
+LONG = "--option finetune --epochs 4 --epoch_length 250"  # the defaults: 1,000 updates of 16, 32 and 12 rows
 MIXED = "--option finetune --lr 2e-4 --epochs 4 --epoch_length 125 --schedule mixed --batch_size 20 --pair_head cross"
 
 
@@ -99,6 +101,16 @@ ROWS = {
     **{f"{name}-{part}": Row(f"{name} with a share of {share} of para", f"{flags} --limit para={share}")
        for name, flags in (("2c", f"{REPORT_2} --pair_head uv"), ("2d", MTDNN))
        for part, share in (("half", 0.5), ("quarter", 0.25))},
+    "default": Row("the defaults", LONG),
+    "default+rate": Row("at a rate of 2e-4", f"{LONG} --lr 2e-4", base="default"),
+    "default+longer": Row("2,000 updates", LONG.replace("250", "500"), base="default"),
+    "default+annealed": Row("annealed, 3,000 updates of 20 rows",
+                            "--option finetune --epochs 4 --epoch_length 750 --schedule annealed --batch_size 20", base="default"),
+    "default+pcgrad": Row("PCGrad", f"{LONG} --pcgrad", base="default"),
+    "default+pal": Row("PAL", f"{LONG} --pal", base="default"),
+    "default+proximal": Row("the proximal term", f"{LONG} --proximal", base="default"),
+    "default+ordinal": Row("ordinal log loss", f"{LONG} --sst_loss oll1", base="default"),
+    "default+mlm": Row("MLM pretraining", LONG, base="default", start="mlm"),
     **{f"5c-lr{rate}": Row(f"5c at a rate of {rate}", MIXED.replace("2e-4", rate)) for rate in RATES},
 }
 
