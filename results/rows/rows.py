@@ -101,25 +101,28 @@ ROWS = {
     **{f"{name}-{part}": Row(f"{name} with a share of {share} of para", f"{flags} --limit para={share}")
        for name, flags in (("2c", f"{REPORT_2} --pair_head uv"), ("2d", MTDNN))
        for part, share in (("half", 0.5), ("quarter", 0.25))},
-    "default": Row("the defaults", LONG),
-    "default+rate": Row("at a rate of 2e-4", f"{LONG} --lr 2e-4", base="default"),
-    "default+longer": Row("2,000 updates", LONG.replace("250", "500"), base="default"),
-    "default+annealed": Row("annealed, 3,000 updates of 20 rows",
-                            "--option finetune --epochs 4 --epoch_length 750 --schedule annealed --batch_size 20", base="default"),
-    "default+pcgrad": Row("PCGrad", f"{LONG} --pcgrad", base="default"),
-    "default+pal": Row("PAL", f"{LONG} --pal", base="default"),
-    "default+proximal": Row("the proximal term", f"{LONG} --proximal", base="default"),
-    "default+ordinal": Row("ordinal log loss", f"{LONG} --sst_loss oll1", base="default"),
-    "default+mlm": Row("MLM pretraining", LONG, base="default", start="mlm"),
     **{f"5c-lr{rate}": Row(f"5c at a rate of {rate}", MIXED.replace("2e-4", rate)) for rate in RATES},
 }
+SEARCH = {
+    "default": Row("the defaults", LONG),
+    "default+rate": Row("at a rate of 2e-4", f"{LONG} --lr 2e-4"),
+    "default+longer": Row("2,000 updates", LONG.replace("250", "500")),
+    "default+annealed": Row("annealed, 3,000 updates of 20 rows",
+                            "--option finetune --epochs 4 --epoch_length 750 --schedule annealed --batch_size 20"),
+    "default+pcgrad": Row("PCGrad", f"{LONG} --pcgrad"),
+    "default+pal": Row("PAL", f"{LONG} --pal"),
+    "default+proximal": Row("the proximal term", f"{LONG} --proximal"),
+    "default+ordinal": Row("ordinal log loss", f"{LONG} --sst_loss oll1"),
+    "default+mlm": Row("MLM pretraining", LONG, start="mlm"),
+}
+ALL = {**ROWS, **SEARCH}
 
 
 def command_of(name, seed):
     """The command of a row, or of a pretraining, as typed in the project's folder."""
     if name in PRETRAINING:
         return f"python pretrain_mlm.py {PRETRAINING[name]} --amp --seed {seed} --out runs/rows/{name}-{seed}"
-    row = ROWS[name]
+    row = ALL[name]
     start = f" --{'model' if row.start in PRETRAINING else 'init_from'} runs/rows/{row.start}-{seed}" if row.start else ""
     amp = "" if "--smart" in row.flags else " --amp"  # a perturbation of 1e-5 would be lost in bfloat16
     return f"python multitask_classifier.py {row.flags}{start}{amp} --seed {seed} --name rows/{name}-{seed}"
@@ -160,8 +163,8 @@ def train(name, seed, data_dir):
     folder = PROJECT / f"runs/rows/{name}-{seed}"
     if (folder / "environment.json").exists():
         return folder
-    if name in ROWS and ROWS[name].start:
-        train(ROWS[name].start, seed, data_dir)
+    if name in ALL and ALL[name].start:
+        train(ALL[name].start, seed, data_dir)
     command, surroundings, before = command_of(name, seed), environment(data_dir), time.time()
     flags = ["--resume", str(folder)] if folder.exists() else command.split()[2:]
     print(command, flush=True)
@@ -176,15 +179,15 @@ def train(name, seed, data_dir):
 @functools.cache
 def records(name):
     """[(trained tasks, evaluations, steps)] of a row, one for each seed that is there."""
-    folders = sorted(HERE.glob(f"{ROWS[name].same_as or name}-[0-9]*"))
+    folders = sorted(HERE.glob(f"{ALL[name].same_as or name}-[0-9]*"))
     return [(json.loads((folder / "args.json").read_text())["trained"], read_metrics(folder, "evaluation"),
              read_metrics(folder, "step")) for folder in folders]
 
 
-def scores(name):
-    """{task: [dev score of each seed, at its best evaluation]}."""
+def scores(name, split="dev"):
+    """{task: [score of each seed, at its best evaluation on dev]}."""
     best = [max(evaluations, key=lambda line: selection(line, trained)) for trained, evaluations, _ in records(name)]
-    return {task: [line["dev"][task] for line in best if task in line["dev"]] for task in TASKS}
+    return {task: [line[split][task] for line in best if task in line[split]] for task in TASKS}
 
 
 def trains(name, task):
@@ -197,7 +200,7 @@ def cell(values):
 
 def spread(task):
     """The standard deviation over seeds of a fine-tuned row, pooled over the rows that have several."""
-    several = [scores(name)[task] for name, row in ROWS.items()
+    several = [scores(name)[task] for name, row in ALL.items()
                if not row.same_as and "finetune" in row.flags and trains(name, task) and len(records(name)) > 1]
     squares = sum((len(values) - 1) * stdev(values) ** 2 for values in several)
     return (squares / sum(len(values) - 1 for values in several)) ** 0.5 if several else None
@@ -207,10 +210,9 @@ def tables():
     there = {name: row for name, row in ROWS.items() if records(name)}
     print("| row | what it is | seeds | updates | sst | para | sts | overall_2023 | report: sst / para / sts |\n" + "|---" * 9 + "|")
     for name, row in there.items():
-        ours, updates = scores(name), records(name)[0][1][-1]["step"]
+        ours = scores(name)
         cells = [cell(ours[task]) if trains(name, task) else f"({cell(ours[task])})" for task in TASKS]
-        overall = cell([mean(seed) for seed in zip(*ours.values())])
-        print(f"| {name} | {row.what} | {len(records(name))} | {updates} | {' | '.join(cells)} | {overall} | "
+        print(f"| {name} | {row.what} | {len(records(name))} | {updates(name)} | {' | '.join(cells)} | {overall(ours)} | "
               + " / ".join("-" if value is None else f"{value:.3f}" for value in row.report) + " |")
     spreads = {task: spread(task) for task in TASKS}
     print("\nstandard deviation over seeds: " + ", ".join(f"{task} {value:.4f}" for task, value in spreads.items() if value))
@@ -219,6 +221,20 @@ def tables():
         for base in (base for base in row.base.split() if base in there):
             print(f"| {base}, {name} | {row.what} | "
                   + " | ".join(verdict(base, name, task, spreads[task]) for task in TASKS) + " |")
+    print("\n| run | what it is | seeds | updates | sst (train) | para (train) | sts (train) | overall_2023 |\n" + "|---" * 8 + "|")
+    for name, row in SEARCH.items():
+        if records(name):
+            dev, train = scores(name), scores(name, "train")
+            cells = [f"{cell(dev[task])} ({mean(train[task]):.3f})" for task in TASKS]
+            print(f"| {name} | {row.what} | {len(records(name))} | {updates(name)} | {' | '.join(cells)} | {overall(dev)} |")
+
+
+def updates(name):
+    return records(name)[0][1][-1]["step"]
+
+
+def overall(scores):  # overall_2023, of every seed
+    return cell([mean(seed) for seed in zip(*scores.values())])
 
 
 def verdict(base, name, task, spread):
@@ -226,7 +242,7 @@ def verdict(base, name, task, spread):
     if not (trains(base, task) and trains(name, task)):
         return "not trained in both"
     ours, theirs = scores(name)[task], scores(base)[task]
-    claim = [ROWS[row].report[TASKS.index(task)] for row in (base, name)]
+    claim = [ALL[row].report[TASKS.index(task)] for row in (base, name)]
     claim = None if None in claim else claim[1] - claim[0]
     here = mean(ours) - mean(theirs)
     said = f"{'-' if claim is None else f'{claim:+.3f}'}, {here:+.3f}"
@@ -300,7 +316,7 @@ if __name__ == "__main__":
     what.add_parser("table")
     what.add_parser("figures")
     runs = what.add_parser("run")
-    runs.add_argument("rows", nargs="+", choices=[name for name, row in ROWS.items() if not row.same_as], metavar="ROW")
+    runs.add_argument("rows", nargs="+", choices=[name for name, row in ALL.items() if not row.same_as], metavar="ROW")
     runs.add_argument("--seeds", type=int, nargs="+", default=[1])
     runs.add_argument("--data_dir", type=lambda path: Path(path).resolve(), default=PROJECT / "data")
     args = parser.parse_args()
