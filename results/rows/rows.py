@@ -318,13 +318,15 @@ def over_examples(name, split, task):
 
 
 def figures():
-    main = {name: color for name, color in zip(("1b", "1d", "3e", "4d", "5c", "5d"), TABLEAU_COLORS) if records(name)}
+    said = {"1b": "[u; v; |u - v|]", "1d": "the same with PCGrad", "3e": "a cosine for sts, SMART",
+            "4d": "cross-encoded, annealed", "5c": "cross-encoded, in proportion", "5d": "the same with PCGrad"}
+    main = {name: color for name, color in zip(said, TABLEAU_COLORS) if records(name)}
 
     def dev(axes, task):
         for shift, (name, color) in enumerate(main.items()):
             seen, means, errors = over_examples(name, "dev", task)
             axes.errorbar(np.add(seen, 200 * shift - 500), means, errors, marker="o", ms=3, capsize=2, color=color,
-                          label=f"{name}: {ROWS[name].what}")  # a little apart, so that the deviations can be told apart
+                          label=f"{name}: {said[name]}")  # a little apart, so that the deviations can be told apart
 
     def train_and_dev(axes, task):
         for name, color in main.items():
@@ -338,7 +340,7 @@ def figures():
             smooth = [np.convolve(run, np.ones(10) / 10, "valid") for run in runs]  # means of ten lines, of ten steps each
             for n, values in enumerate(smooth):
                 axes.plot(10 * np.arange(len(values)) + 50, values, color=color, lw=0.8,
-                          label=f"{name}: {ROWS[name].what}, a line a seed" if n == 0 else None)
+                          label=f"{name}, a line a seed" if n == 0 else None)
         axes.axhline(0, color="black", lw=0.5)
 
     panels(TASKS, HERE / "scores.png", dev, "dev score, mean and deviation over seeds")
