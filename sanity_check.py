@@ -36,6 +36,7 @@ from unittest import SkipTest, mock
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import ttest_ind
 from torch import nn
 from torch.nn import functional as F
 
@@ -2011,6 +2012,13 @@ def test_rows_of_the_results():
     assert ("| 1a, 1b | the pair tasks | +0.069, +0.010: not told apart | not trained in both | "
             "not trained in both |") in said.getvalue()
     assert "sst 0.0141" in said.getvalue()  # 1a has one seed and 2a, 2b are the same run
+    generator, told_apart = np.random.default_rng(0), []
+    for _ in range(200):  # with two rows alone it is Student's test
+        values = {"1b": generator.normal(0, 1, 3).tolist(), "1d": generator.normal(1.5, 1, 4).tolist()}
+        deviation, freedom = rows.spread({name: rows.ROWS[name] for name in values}, values.get)
+        told_apart.append(rows.difference(values["1d"], values["1b"], deviation, freedom)[1])
+        assert told_apart[-1] == (ttest_ind(values["1b"], values["1d"]).pvalue < 0.05)
+    assert {*told_apart} == {True, False}
 
 
 def test_bad_input_gives_one_line_and_status_2():

@@ -241,41 +241,41 @@ def difference(ours, theirs, deviation, freedom):
     return here, abs(here) > t.ppf(0.975, freedom) * deviation * (1 / len(ours) + 1 / len(theirs)) ** 0.5
 
 
-def line(*cells):
+def print_row(*cells):
     print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def head(*cells):
+def print_head(*cells):
     print()
-    line(*cells)
+    print_row(*cells)
     print("|---" * len(cells) + "|")
 
 
 def tables():
     there = {name: row for name, row in ROWS.items() if records(name)}
-    head("row", "what it is", "seeds", "updates", *TASKS, "overall_2023", "report: sst / para / sts")
+    print_head("row", "what it is", "seeds", "updates", *TASKS, "overall_2023", "report: sst / para / sts")
     for name, row in there.items():
         ours = scores(name)
         cells = [cell(ours[task]) if trains(name, task) or not ours[task] else f"({cell(ours[task])})" for task in TASKS]
         report = " / ".join("-" if value is None else f"{value:.3f}" for value in row.report)
-        line(name, row.what, len(records(name)), updates(name), *cells, cell(overall(name)), report)
+        print_row(name, row.what, len(records(name)), updates(name), *cells, cell(overall(name)), report)
     spreads = {task: spread(there, lambda name: scores(name)[task] if trains(name, task) else []) for task in TASKS}
     print("\nstandard deviation over seeds: " + ", ".join(f"{task} {deviation:.4f} ({freedom} degrees of freedom)"
                                                          for task, (deviation, freedom) in spreads.items() if freedom))
-    head("from, to", "what is added", *(f"{task}: report, here" for task in TASKS))
+    print_head("from, to", "what is added", *(f"{task}: report, here" for task in TASKS))
     for name, row in there.items():
         for base, added in row.base.items():
             if base in there:
-                line(f"{base}, {name}", added, *(verdict(base, name, task, *spreads[task]) for task in TASKS))
+                print_row(f"{base}, {name}", added, *(verdict(base, name, task, *spreads[task]) for task in TASKS))
     trained = (f"{task} (train)" for task in TASKS)
-    head("run", "what it is", "seeds", "updates", *trained, "overall_2023", "over the defaults")
+    print_head("run", "what it is", "seeds", "updates", *trained, "overall_2023", "over the defaults")
     searched = {name: row for name, row in SEARCH.items() if records(name)}
     for name, row in searched.items():
         dev, train = scores(name), scores(name, "train")
         cells = [f"{cell(dev[task])} ({mean(train[task]):.3f})" for task in TASKS]
         more, apart = difference(overall(name), overall("default"), *spread(searched, overall))
         over = "" if name == "default" else f"{more:+.3f}{': not told apart' if apart is False else ''}"
-        line(name, row.what, len(records(name)), updates(name), *cells, cell(overall(name)), over)
+        print_row(name, row.what, len(records(name)), updates(name), *cells, cell(overall(name)), over)
 
 
 def verdict(base, name, task, deviation, freedom):
@@ -318,7 +318,7 @@ def over_examples(name, split, task):
 
 
 def figures():
-    said = {"1b": "[u; v; |u - v|]", "1d": "the same with PCGrad", "3e": "a cosine for sts, SMART",
+    said = {"1b": "[u; v; |u - v|]", "1d": "the same with PCGrad", "3e": "[u; v], a cosine for sts, SMART",
             "4d": "cross-encoded, annealed", "5c": "cross-encoded, in proportion", "5d": "the same with PCGrad"}
     main = {name: color for name, color in zip(said, TABLEAU_COLORS) if records(name)}
 
