@@ -1995,11 +1995,12 @@ def test_rows_of_the_results():
         assert (folder / "command.txt").read_text().strip() == rows.command_of(name, seed, machine), folder
     assert records
     root = Path(tempfile.mkdtemp(dir=workspace()))
-    for name, seed, dev in (("1a", 1, .40), ("1b", 1, .40), ("1b", 2, .42), ("1d", 1, .50), ("1d", 2, .52)):
+    for name, seed, dev in (("1a", 1, .40), ("1b", 1, .40), ("1b", 2, .42), ("1d", 1, .50), ("1d", 2, .52),
+                            ("default", 1, .40), ("default", 2, .42), ("default+pal", 1, .42)):
         folder = root / f"{name}-{seed}"
         folder.mkdir()
         (folder / "args.json").write_text(json.dumps({"trained": ["sst"] if name == "1a" else ["sst", "para", "sts"]}))
-        lines = [{"kind": "evaluation", "step": step, "dev": dict.fromkeys(("sst", "para", "sts"), score)}
+        lines = [{"kind": "evaluation", "step": step} | dict.fromkeys(("dev", "train"), dict.fromkeys(sizes, score))
                  for step, score in ((1, dev), (2, dev - .1))]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = io.StringIO()
@@ -2011,6 +2012,7 @@ def test_rows_of_the_results():
             "+0.025, +0.100: same sign |") in said.getvalue()
     assert ("| 1a, 1b | the pair tasks | +0.069, +0.010: not told apart | not trained in both | "
             "not trained in both |") in said.getvalue()
+    assert said.getvalue().endswith("| 0.420 | +0.010: not told apart |\n")
     assert "sst 0.0141" in said.getvalue()  # 1a has one seed and 2a, 2b are the same run
     generator, told_apart = np.random.default_rng(0), []
     for _ in range(200):  # with two rows alone it is Student's test

@@ -238,7 +238,7 @@ def difference(ours, theirs, deviation, freedom):
     here = mean(ours) - mean(theirs)
     if not freedom:
         return here, None
-    return here, abs(here) > t.ppf(0.975, freedom) * deviation * (1 / len(ours) + 1 / len(theirs)) ** 0.5
+    return here, bool(abs(here) > t.ppf(0.975, freedom) * deviation * (1 / len(ours) + 1 / len(theirs)) ** 0.5)
 
 
 def print_row(*cells):
