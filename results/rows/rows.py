@@ -270,10 +270,11 @@ def tables():
     trained = (f"{task} (train)" for task in TASKS)
     print_head("run", "what it is", "seeds", "updates", *trained, "overall_2023", "over the defaults")
     searched = {name: row for name, row in SEARCH.items() if records(name)}
+    spread_overall = spread(searched, overall)
     for name, row in searched.items():
         dev, train = scores(name), scores(name, "train")
         cells = [f"{cell(dev[task])} ({mean(train[task]):.3f})" for task in TASKS]
-        more, apart = difference(overall(name), overall("default"), *spread(searched, overall))
+        more, apart = difference(overall(name), overall("default"), *spread_overall)
         over = "" if name == "default" else f"{more:+.3f}{': not told apart' if apart is False else ''}"
         print_row(name, row.what, len(records(name)), updates(name), *cells, cell(overall(name)), over)
 
@@ -283,7 +284,7 @@ def verdict(base, name, task, deviation, freedom):
     if not (trains(base, task) and trains(name, task)):
         return "not trained in both"
     here, apart = difference(scores(name)[task], scores(base)[task], deviation, freedom)
-    claim = [ALL[row].report[TASKS.index(task)] for row in (base, name)]
+    claim = [ROWS[row].report[TASKS.index(task)] for row in (base, name)]
     claim = None if None in claim else claim[1] - claim[0]
     said = f"{'-' if claim is None else f'{claim:+.3f}'}, {here:+.3f}"
     if apart is None or "finetune" not in ROWS[name].flags:  # a frozen row has another spread
