@@ -124,6 +124,7 @@ SEARCH = {
     "default+longer": Row("2,000 updates", LONG.replace("250", "500")),
     "default+annealed": Row("annealed, 3,000 updates of 20 rows",
                             "--option finetune --epochs 4 --epoch_length 750 --schedule annealed --batch_size 20"),
+    "default+cross": Row("para cross-encoded", f"{LONG} --pair_head para=cross,sts=cosine"),
     "default+pcgrad": Row("PCGrad", f"{LONG} --pcgrad"),
     "default+pal": Row("PAL", f"{LONG} --pal"),
     "default+proximal": Row("the proximal term", f"{LONG} --proximal"),
