@@ -1967,12 +1967,46 @@ def test_rows_of_the_readme_run():
                 assert read_metrics(leaves.parent, "evaluation"), (row, command)
 
 
+def script_of_the_results(name):
+    specification = importlib.util.spec_from_file_location(name, HERE / "results" / "rows" / f"{name}.py")
+    script = importlib.util.module_from_spec(specification)
+    sys.modules[name] = script  # dataclasses look there
+    specification.loader.exec_module(script)
+    return script
+
+
+def test_averages_of_runs():
+    """results/rows/average.py: the scores of the runs are theirs, and means are means."""
+    average = script_of_the_results("average")
+    flags = ("--pair_head", "para=cross,sts=cosine")
+    folders = [run(*flags, "--seed", seed, steps=4)[2] for seed in (1, 2)]
+
+    def said(*folders):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            average.main([*map(str, folders), "--data_dir", str(workspace() / "data")])
+        return [line.split(": ")[1] for line in out.getvalue().splitlines() if "overall_2023" in line]
+
+    first, second, *_ = said(*folders)
+    assert [first] * 3 == said(folders[0]) and [second] * 4 == said(folders[1], folders[1])
+    for folder, scores in zip(folders, (first, second)):
+        best = max(read_metrics(folder, "evaluation"), key=lambda line: line["overall_2023"])
+        assert f"sts {best['dev']['sts']:.3f}" in scores and f"overall_2023 {best['overall_2023']:.3f}" in scores
+    states = [MultitaskBERT.load(folder).state_dict() for folder in folders]
+    mean = average.mean_of_weights([MultitaskBERT.load(folder) for folder in folders]).state_dict()
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2)
+    logits = [{"sst": np.log([[.5, .25, .25]]) + shift, "para": np.array([[z]])} for shift, z in ((0, 1.), (7, 3.))]
+    means = average.mean_of_outputs(logits)  # a constant added to logits of classes changes nothing
+    np.testing.assert_allclose(means["sst"], np.log([[.5, .25, .25]]))
+    assert means["para"] == 2.0
+    other = run("--pair_head", "uv_diff")[2]
+    raises(InputError, "in their seed alone", said, folders[0], other)
+
+
 def test_rows_of_the_results():
     """Every command of results/rows/rows.py is understood, and its table says what its records hold."""
-    specification = importlib.util.spec_from_file_location("rows", HERE / "results" / "rows" / "rows.py")
-    rows = importlib.util.module_from_spec(specification)
-    sys.modules["rows"] = rows  # dataclasses look there
-    specification.loader.exec_module(rows)
+    rows = script_of_the_results("rows")
     sizes = {"sst": 8544, "para": 16169, "sts": 6040}
     longer = {name: 60_000 for name in rows.SEARCH} | {"default+longer": 120_000}
     for name, row in rows.ALL.items():
