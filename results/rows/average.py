@@ -49,7 +49,7 @@ def main(argv=None):
     shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in models]
     for run, shape, model in zip(args.runs, shapes, models):
         if shape != shapes[0] or model.pair_head != models[0].pair_head:
-            raise InputError(f"{run}: it has not the tensors or the heads of {args.runs[0]}; only runs that differ in their "
+            raise InputError(f"{run}: it has not the tensors or heads of {args.runs[0]}; only runs that differ in their "
                              "seed alone can be averaged")
     args.tasks = list(models[0].tasks)
     cross = [name for name, head in models[0].pair_head.items() if head == "cross"]
