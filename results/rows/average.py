@@ -1,5 +1,5 @@
 """Dev scores of several runs, of the mean of their outputs, and of the mean of their weights (a model soup: Wortsman et
-al. 2022), which alone costs no more than one run where it is used.
+al. 2022). The last costs no more to use than one run.
 
     python results/rows/average.py RUN RUN ... --data_dir DIR     runs of the same flags, that differ in their seed
 """
@@ -14,13 +14,15 @@ from scipy.special import log_softmax
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from checkpoint import exit_status  # noqa: E402
 from data.download import InputError  # noqa: E402
-from data.tasks import load_data, locate  # noqa: E402
+from data.tasks import TASKS, load_data, locate  # noqa: E402
 from evaluation import decide, overall, predict, score  # noqa: E402
-from multitask_classifier import MultitaskBERT  # noqa: E402
+from multitask_classifier import MultitaskBERT, read_run  # noqa: E402
+
+MUST_AGREE = ("option", "model", "pooling", "pair_head", "pal", "trained", "score_also")  # else a mean of weights is none
 
 
 def dev_scores(outputs, data):
-    """{task: (N, C)} -> {task: score, and overall_2023 where the three tasks are there}."""
+    """{task: (N, C)} -> {task: score}, and the overall scores where the three tasks are there."""
     scores = {name: score(data[name]["dev"].task, decide(data[name]["dev"].task, values), data[name]["dev"].labels)
               for name, values in outputs.items()}
     return scores | overall(scores)
@@ -46,12 +48,13 @@ def main(argv=None):
     parser.add_argument("--data_dir", type=Path, default=None)
     args = parser.parse_args(argv)
     models = [MultitaskBERT.load(run) for run in args.runs]
-    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in models]
-    for run, shape, model in zip(args.runs, shapes, models):
-        if shape != shapes[0] or model.pair_head != models[0].pair_head:
-            raise InputError(f"{run}: it has not the tensors or heads of {args.runs[0]}; only runs that differ in their "
-                             "seed alone can be averaged")
-    args.tasks = list(models[0].tasks)
+    flags = [read_run(run)[0] for run in args.runs]
+    for run, theirs in zip(args.runs, flags):
+        for name in MUST_AGREE:
+            if theirs[name] != flags[0][name]:
+                raise InputError(f"{run}: {name} is {theirs[name]} there and {flags[0][name]} in {args.runs[0]}; only runs "
+                                 "that differ in their seed alone can be averaged")
+    args.tasks = [name for name in models[0].tasks if name in TASKS]  # auxiliary tasks have no dev set
     cross = [name for name, head in models[0].pair_head.items() if head == "cross"]
     data = load_data(locate(args, splits=("dev",)), args.runs[0], models[0].bert.config, cross, skip_malformed=False)
 
