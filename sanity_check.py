@@ -1985,17 +1985,23 @@ def test_averages_of_runs():
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             average.main([*map(str, folders), "--data_dir", str(workspace() / "data")])
-        return [line.split(": ")[1] for line in out.getvalue().splitlines() if "overall_2023" in line]
+        return dict(line.split(": ") for line in out.getvalue().splitlines() if "overall_2023" in line)
 
-    first, second, *_ = said(*folders)
-    assert [first] * 3 == said(folders[0]) and [second] * 4 == said(folders[1], folders[1])
-    for folder, scores in zip(folders, (first, second)):
+    scores = said(*folders)
+    for folder in folders:
         best = max(read_metrics(folder, "evaluation"), key=lambda line: line["overall_2023"])
-        assert f"sts {best['dev']['sts']:.3f}" in scores and f"overall_2023 {best['overall_2023']:.3f}" in scores
-    states = [MultitaskBERT.load(folder).state_dict() for folder in folders]
-    mean = average.mean_of_weights([MultitaskBERT.load(folder) for folder in folders]).state_dict()
-    for name, tensor in mean.items():
+        assert f"sts {best['dev']['sts']:.3f}  overall_2023 {best['overall_2023']:.3f}" in scores[str(folder)]
+    models = [MultitaskBERT.load(folder) for folder in folders]
+    examples = tokenize(read_examples(workspace() / "data" / "sts-dev.csv", TASKS["sts"]), models[0].tokenizer, 64, cross=False)
+    similarity = sum(evaluation.predict(model, "sts", examples)[:, 0] for model in models) / 2
+    assert f"sts {np.corrcoef(similarity, examples.labels)[0, 1]:.3f}" in scores["the mean of their outputs"]
+    states = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+    mean = average.mean_of_weights(models)
+    for name, tensor in mean.state_dict().items():
         torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2)
+    averaged = shutil.copytree(folders[0], workspace() / "averaged")
+    mean.save(averaged, folders[0])
+    assert said(averaged)[str(averaged)] == scores["the mean of their weights"]
     logits = [{"sst": np.log([[.5, .25, .25]]) + shift, "para": np.array([[z]])} for shift, z in ((0, 1.), (7, 3.))]
     means = average.mean_of_outputs(logits)  # a constant added to logits of classes changes nothing
     np.testing.assert_allclose(means["sst"], np.log([[.5, .25, .25]]))
@@ -2025,29 +2031,47 @@ def test_rows_of_the_results():
     records = [folder for folder in rows.HERE.iterdir() if (folder / "command.txt").exists()]
     for folder in records:  # each was made by the command that the row has now
         name, _, seed = folder.name.rpartition("-")
-        machine = " --amp" if json.loads((folder / "args.json").read_text())["amp"] else ""
+        args = json.loads((folder / "args.json").read_text())
+        machine = " --use_gpu" * args["use_gpu"] + " --amp" * args["amp"]
         assert (folder / "command.txt").read_text().strip() == rows.command_of(name, seed, machine), folder
     assert records
+
+    def table():
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            rows.tables()
+        return said.getvalue().splitlines()
+
+    readme = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
+    assert set(table()) <= set(readme), "the README has other tables than `python results/rows/rows.py table`"
     root = Path(tempfile.mkdtemp(dir=workspace()))
-    for name, seed, dev in (("1a", 1, .40), ("1b", 1, .40), ("1b", 2, .42), ("1d", 1, .50), ("1d", 2, .52),
-                            ("default", 1, .40), ("default", 2, .42), ("default+pal", 1, .42)):
+    for name, seed, mean in (("1a", 1, .41), ("1a", 2, .43), ("1b", 1, .50), ("1b", 2, .52), ("1d", 1, .60), ("1d", 2, .62),
+                             ("4b", 1, .10), ("4b", 2, .30),
+                             ("default", 1, .50), ("default", 2, .52), ("default+pal", 1, .53), ("default+rate", 1, .60)):
         folder = root / f"{name}-{seed}"
         folder.mkdir()
         (folder / "args.json").write_text(json.dumps({"trained": ["sst"] if name == "1a" else ["sst", "para", "sts"]}))
-        lines = [{"kind": "evaluation", "step": step} | dict.fromkeys(("dev", "train"), dict.fromkeys(sizes, score))
-                 for step, score in ((1, dev), (2, dev - .1))]
+        # the first evaluation has the best mean on dev, the second the best sst there, and all that is best on train
+        scores = [{"dev": {"sst": mean - .1, "para": mean, "sts": mean + .1}, "train": dict.fromkeys(sizes, .8)},
+                  {"dev": {"sst": mean, "para": mean - .2, "sts": mean}, "train": dict.fromkeys(sizes, .9)}]
+        lines = [{"kind": "evaluation", "step": step} | line for step, line in enumerate(scores, start=1)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = io.StringIO()
-    with mock.patch.object(rows, "HERE", root), contextlib.redirect_stdout(said):
-        rows.tables()
-    assert ("| 1d | 1b with PCGrad | 2 | 2 | 0.510 ± 0.014 | 0.510 ± 0.014 | 0.510 ± 0.014 | 0.510 ± 0.014 | "
-            "0.485 / 0.840 / 0.660 |") in said.getvalue()
-    assert ("| 1b, 1d | PCGrad | +0.000, +0.100: a difference | -0.013, +0.100: other sign | "
-            "+0.025, +0.100: same sign |") in said.getvalue()
-    assert ("| 1a, 1b | the pair tasks | +0.069, +0.010: not told apart | not trained in both | "
-            "not trained in both |") in said.getvalue()
-    assert said.getvalue().endswith("| 0.420 | +0.010: not told apart |\n")
-    assert "sst 0.0141" in said.getvalue()  # 1a has one seed and 2a, 2b are the same run
+    with mock.patch.object(rows, "HERE", root):
+        rows.records.cache_clear()
+        said = table()
+    rows.records.cache_clear()
+    for line in (
+            "| 1a | sentiment alone | 2 | 2 | 0.420 ± 0.014 | (0.220 ± 0.014) | (0.420 ± 0.014) |  | 0.416 / 0.376 / 0.019 |",
+            "| 2a | sentiment alone | 2 | 2 | 0.420 ± 0.014 |  |  |  | 0.511 / - / - |",
+            "| 1d | 1b with PCGrad | 2 | 2 | 0.510 ± 0.014 | 0.610 ± 0.014 | 0.710 ± 0.014 | 0.610 ± 0.014 | "
+            "0.485 / 0.840 / 0.660 |",
+            "| standard deviation over seeds | 0.0141 | 0.0141 | 0.0141 | 0.0141 |",  # without the frozen 4b
+            "| degrees of freedom | 3 | 2 | 2 | 3 |",  # 1a, 2a and 2b are one run
+            "| 1b, 1d | PCGrad | +0.000, +0.100: a difference | -0.013, +0.100: other sign | +0.025, +0.100: same sign |",
+            "| 1a, 1b | the pair tasks | +0.069, -0.010: not told apart | not trained in both | not trained in both |",
+            "| default+pal | PAL | 1 | 2 | 0.430 (0.800) | 0.530 (0.800) | 0.630 (0.800) | 0.530 | +0.020: not told apart |",
+            "| default+rate | at a rate of 2e-4 | 1 | 2 | 0.500 (0.800) | 0.600 (0.800) | 0.700 (0.800) | 0.600 | +0.090 |"):
+        assert line in said, line
     generator, told_apart = np.random.default_rng(0), []
     for _ in range(200):  # with two rows alone it is Student's test
         values = {"1b": generator.normal(0, 1, 3).tolist(), "1d": generator.normal(1.5, 1, 4).tolist()}

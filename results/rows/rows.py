@@ -107,7 +107,7 @@ ROWS = {
     "5b": Row("in turn, an optimizer each",
               f"{ONE_TASK} --tasks para,sst,sts --schedule sequential --optimizer_per_task --pair_head cross",
               (.510, .877, .830), {"5a": "fine-tuning"}),
-    "5c": Row("in proportion to the sets", MIXED, (.524, .872, .855), {"5b": "mixed batches"}),
+    "5c": Row("in proportion to the sets", MIXED, (.524, .872, .855), {"5b": "mixed batches, one optimizer"}),
     "5c-.5": Row("5c with dropout .5", f"{MIXED} --hidden_dropout_prob 0.5", (.505, .872, .849), {"5c": "dropout .5"}),
     "5d": Row("5c with PCGrad", f"{MIXED} --pcgrad", (.515, .871, .849), {"5c": "PCGrad"}),
     "5d-.5": Row("5d with dropout .5", f"{MIXED} --pcgrad --hidden_dropout_prob 0.5",
@@ -168,8 +168,8 @@ def run(name, seed, data_dir, machine):
     folder = train(name, seed, data_dir, machine)
     flags = json.loads((folder / "args.json").read_text())
     *typed, _, _ = flags["argv"]  # without --data_dir
-    for machine in ("data_dir", "folder", "argv"):  # what is this machine's
-        flags.pop(machine)
+    for flag in ("data_dir", "folder", "argv"):  # what is this machine's
+        flags.pop(flag)
     new = HERE / f".{kept.name}"
     new.mkdir(exist_ok=True)
     (new / "args.json").write_text(json.dumps(flags, indent=2) + "\n")
@@ -215,7 +215,7 @@ def trains(name, *tasks):
 
 
 def overall(name):  # overall_2023, of every seed; none where a head is not trained
-    return [mean(seed) for seed in zip(*scores(name).values())] if trains(name, *TASKS) else []
+    return [mean(of_seed) for of_seed in zip(*scores(name).values())] if trains(name, *TASKS) else []
 
 
 def updates(name):
@@ -235,12 +235,15 @@ def spread(rows, of):
     return (squares / freedom) ** 0.5 if several else None, freedom
 
 
+def least_difference(deviation, freedom, seeds, other_seeds):
+    """The least difference between the means of two rows that a t test at 5 % tells apart."""
+    return t.ppf(0.975, freedom) * deviation * (1 / seeds + 1 / other_seeds) ** 0.5
+
+
 def difference(ours, theirs, deviation, freedom):
-    """(mean(ours) - mean(theirs), whether the two are told apart: a t test at 5 %; None where no row has several seeds)."""
+    """(mean(ours) - mean(theirs), whether the two are told apart; None where no row has several seeds)."""
     here = mean(ours) - mean(theirs)
-    if not freedom:
-        return here, None
-    return here, bool(abs(here) > t.ppf(0.975, freedom) * deviation * (1 / len(ours) + 1 / len(theirs)) ** 0.5)
+    return here, bool(abs(here) > least_difference(deviation, freedom, len(ours), len(theirs))) if freedom else None
 
 
 def print_row(*cells):
@@ -259,24 +262,32 @@ def tables():
     for name, row in there.items():
         ours = scores(name)
         cells = [cell(ours[task]) if trains(name, task) or not ours[task] else f"({cell(ours[task])})" for task in TASKS]
+        if row.same_as:  # its heads of tasks that are not trained are others
+            cells = [cell(ours[task]) if trains(name, task) else "" for task in TASKS]
         report = " / ".join("-" if value is None else f"{value:.3f}" for value in row.report)
         print_row(name, row.what, len(records(name)), updates(name), *cells, cell(overall(name)), report)
     spreads = {task: spread(there, lambda name: scores(name)[task] if trains(name, task) else []) for task in TASKS}
-    print("\nstandard deviation over seeds: " + ", ".join(f"{task} {deviation:.4f} ({freedom} degrees of freedom)"
-                                                         for task, (deviation, freedom) in spreads.items() if freedom))
+    spreads["overall_2023"] = spread(ALL, overall)
+    if all(freedom for _, freedom in spreads.values()):
+        print_head("", *spreads)
+        print_row("standard deviation over seeds", *(f"{deviation:.4f}" for deviation, _ in spreads.values()))
+        print_row("degrees of freedom", *(freedom for _, freedom in spreads.values()))
+        for said, seeds in (("one seed each", (1, 1)), ("one seed and three", (1, 3)), ("three each", (3, 3))):
+            least = [least_difference(*found, *seeds) for found in spreads.values()]
+            print_row(f"told apart from, {said}", *(f"{value:.3f}" for value in least))
     print_head("from, to", "what is added", *(f"{task}: report, here" for task in TASKS))
     for name, row in there.items():
         for base, added in row.base.items():
             if base in there:
                 print_row(f"{base}, {name}", added, *(verdict(base, name, task, *spreads[task]) for task in TASKS))
-    trained = (f"{task} (train)" for task in TASKS)
-    print_head("run", "what it is", "seeds", "updates", *trained, "overall_2023", "over the defaults")
-    searched = {name: row for name, row in SEARCH.items() if records(name)}
-    spread_overall = spread(searched, overall)
-    for name, row in searched.items():
-        dev, train = scores(name), scores(name, "train")
-        cells = [f"{cell(dev[task])} ({mean(train[task]):.3f})" for task in TASKS]
-        more, apart = difference(overall(name), overall("default"), *spread_overall)
+    dev_and_train = (f"{task} (train)" for task in TASKS)
+    print_head("run", "what it is", "seeds", "updates", *dev_and_train, "overall_2023", "over the defaults")
+    for name, row in SEARCH.items():
+        if not records(name):
+            continue
+        on_dev, on_train = scores(name), scores(name, "train")
+        cells = [f"{cell(on_dev[task])} ({mean(on_train[task]):.3f})" for task in TASKS]
+        more, apart = difference(overall(name), overall("default"), *spreads["overall_2023"])
         over = "" if name == "default" else f"{more:+.3f}{': not told apart' if apart is False else ''}"
         print_row(name, row.what, len(records(name)), updates(name), *cells, cell(overall(name)), over)
 
@@ -289,7 +300,7 @@ def verdict(base, name, task, deviation, freedom):
     claim = [ROWS[row].report[TASKS.index(task)] for row in (base, name)]
     claim = None if None in claim else claim[1] - claim[0]
     said = f"{'-' if claim is None else f'{claim:+.3f}'}, {here:+.3f}"
-    if apart is None or "finetune" not in ROWS[name].flags:  # a frozen row has another spread
+    if apart is None or "finetune" not in ROWS[name].flags:  # between frozen rows the spread is another
         return said
     if not apart:
         return f"{said}: not told apart"
@@ -320,6 +331,10 @@ def over_examples(name, split, task):
             [stdev(column) if len(column) > 1 else 0 for column in columns])
 
 
+def mean_of_ten(values):
+    return np.convolve(values, np.ones(10) / 10, "valid")
+
+
 def figures():
     said = {"1b": "[u; v; |u - v|]", "1d": "the same with PCGrad", "3e": "[u; v], a cosine for sts, SMART",
             "4d": "cross-encoded, annealed", "5c": "cross-encoded, in proportion", "5d": "the same with PCGrad"}
@@ -339,16 +354,15 @@ def figures():
 
     def cosine(axes, pair):
         for name, color in zip(("1d", "5d"), TABLEAU_COLORS):
-            runs = [[line["gradients"]["cosine"][pair] for line in lines] for *_, lines in records(name)]
-            smooth = [np.convolve(run, np.ones(10) / 10, "valid") for run in runs]  # means of ten lines, of ten steps each
-            for n, values in enumerate(smooth):
-                axes.plot(10 * np.arange(len(values)) + 50, values, color=color, lw=0.8,
+            for n, (*_, lines) in enumerate(records(name)):
+                steps, cosines = ([line["step"] for line in lines], [line["gradients"]["cosine"][pair] for line in lines])
+                axes.plot(mean_of_ten(steps), mean_of_ten(cosines), color=color, lw=0.8,
                           label=f"{name}, a line a seed" if n == 0 else None)
         axes.axhline(0, color="black", lw=0.5)
 
     panels(TASKS, HERE / "scores.png", dev, "dev score, mean and deviation over seeds")
     panels(TASKS, HERE / "overfitting.png", train_and_dev, "score, mean over seeds")
-    panels(("sst-para", "sst-sts", "para-sts"), HERE / "cosines.png", cosine, "cosine, mean of 100 steps", "step")
+    panels(("sst-para", "sst-sts", "para-sts"), HERE / "cosines.png", cosine, "cosine, mean of ten of ten steps", "step")
     shares = [HERE / f"{name}{part}-1" for name in ("2c", "2d") for part in ("", "-half", "-quarter")]
     if all(folder.exists() for folder in shares):
         plot_study(shares, HERE / "quora.png")
