@@ -48,6 +48,7 @@ REPORT_3 = "--pair_head para=uv,sts=cosine --hidden_dropout_prob 0.1"
 SMART = "--smart --proximal mu=0.8,beta=0.95"
 ANNEALED = f"{ONE_TASK} --schedule annealed --pair_head cross --weight_decay 0.01 --hidden_dropout_prob 0.2"
 LONG = "--option finetune --epochs 4 --epoch_length 250"  # the defaults: 1,000 updates of 16, 32 and 12 rows
+LONGER = LONG.replace("250", "500")
 LONG_ANNEALED = "--option finetune --epochs 4 --epoch_length 750 --schedule annealed --batch_size 20"
 MIXED = "--option finetune --lr 2e-4 --epochs 4 --epoch_length 125 --schedule mixed --batch_size 20 --pair_head cross"
 
@@ -122,7 +123,7 @@ ROWS = {
 SEARCH = {
     "default": Row("the defaults", LONG),
     "default+rate": Row("at a rate of 2e-4", f"{LONG} --lr 2e-4"),
-    "default+longer": Row("2,000 updates", LONG.replace("250", "500")),
+    "default+longer": Row("2,000 updates", LONGER),
     "default+annealed": Row("annealed, batches of one task", LONG_ANNEALED),
     "default+cross": Row("para cross-encoded", f"{LONG} --pair_head para=cross,sts=cosine"),
     "default+pcgrad": Row("PCGrad", f"{LONG} --pcgrad"),
@@ -131,6 +132,7 @@ SEARCH = {
     "default+ordinal": Row("ordinal log loss", f"{LONG} --sst_loss oll1"),
     "default+mlm": Row("MLM pretraining", LONG, start="mlm"),
     "annealed+pal": Row("annealed with PAL", f"{LONG_ANNEALED} --pal"),
+    "longer+pal": Row("2,000 updates with PAL", f"{LONGER} --pal"),
 }
 ALL = {**ROWS, **SEARCH}
 
