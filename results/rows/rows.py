@@ -50,7 +50,6 @@ ANNEALED = f"{ONE_TASK} --schedule annealed --pair_head cross --weight_decay 0.0
 LONG = "--option finetune --epochs 4 --epoch_length 250"  # the defaults: 1,000 updates of 16, 32 and 12 rows
 LONGER = LONG.replace("250", "500")
 LONG_ANNEALED = "--option finetune --epochs 4 --epoch_length 750 --schedule annealed --batch_size 20"
-LONGER_ANNEALED = LONG_ANNEALED.replace("750", "1500")
 MIXED = "--option finetune --lr 2e-4 --epochs 4 --epoch_length 125 --schedule mixed --batch_size 20 --pair_head cross"
 
 
@@ -134,7 +133,6 @@ SEARCH = {
     "default+mlm": Row("MLM pretraining", LONG, start="mlm"),
     "annealed+pal": Row("annealed with PAL", f"{LONG_ANNEALED} --pal"),
     "longer+pal": Row("2,000 updates with PAL", f"{LONGER} --pal"),
-    "longer+annealed+pal": Row("6,000 updates, annealed, with PAL", f"{LONGER_ANNEALED} --pal"),
 }
 ALL = {**ROWS, **SEARCH}
 
