@@ -263,9 +263,9 @@ def tables():
     print_head("row", "what it is", "seeds", "updates", *TASKS, "overall_2023", "report: sst / para / sts")
     for name, row in there.items():
         ours = scores(name)
-        cells = [cell(ours[task]) if trains(name, task) or not ours[task] else f"({cell(ours[task])})" for task in TASKS]
-        if row.same_as:  # its heads of tasks that are not trained are others
-            cells = [cell(ours[task]) if trains(name, task) else "" for task in TASKS]
+        untrained = "" if row.same_as else "({})"  # same_as: its heads of tasks that are not trained are others
+        cells = [cell(ours[task]) if trains(name, task) or not ours[task] else untrained.format(cell(ours[task]))
+                 for task in TASKS]
         report = " / ".join("-" if value is None else f"{value:.3f}" for value in row.report)
         print_row(name, row.what, len(records(name)), updates(name), *cells, cell(overall(name)), report)
     spreads = {task: spread(there, lambda name: scores(name)[task] if trains(name, task) else []) for task in TASKS}
