@@ -4,6 +4,7 @@ al. 2022). The last costs no more to use than one run.
     python results/rows/average.py RUN RUN ... --data_dir DIR     runs of the same flags, that differ in their seed
 """
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from checkpoint import exit_status  # noqa: E402
 from data.download import InputError  # noqa: E402
 from data.tasks import TASKS, load_data, locate  # noqa: E402
 from evaluation import decide, overall, predict, score  # noqa: E402
-from multitask_classifier import MultitaskBERT, read_run  # noqa: E402
+from multitask_classifier import MultitaskBERT  # noqa: E402
 
 MUST_AGREE = ("option", "model", "pooling", "pair_head", "pal", "trained", "score_also")  # else a mean of weights is none
 
@@ -48,7 +49,7 @@ def main(argv=None):
     parser.add_argument("--data_dir", type=Path, default=None)
     args = parser.parse_args(argv)
     models = [MultitaskBERT.load(run) for run in args.runs]
-    flags = [read_run(run)[0] for run in args.runs]
+    flags = [json.loads((Path(run) / "args.json").read_text(encoding="utf-8")) for run in args.runs]
     for run, theirs in zip(args.runs, flags):
         for name in MUST_AGREE:
             if theirs[name] != flags[0][name]:
