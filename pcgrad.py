@@ -28,7 +28,9 @@ import random
 import torch
 from torch import distributed
 
-BLOCK = 1 << 20  # columns of J whose products are summed in float32; the blocks are summed in float64
+# Columns of J whose products are summed in float32; the blocks are summed in float64. Four times as
+# many are no faster, and eight times less accurate where two gradients are nearly antiparallel.
+BLOCK = 1 << 18
 VACCINE_BETA = 0.01  # the weight of the newest cosine in its running target, Wang et al. 2021
 
 

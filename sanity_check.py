@@ -620,6 +620,18 @@ def test_pcgrad_of_a_zero_gradient():
     assert update.isfinite().all() and (update - pcgrad_reference(g[[0, 2]].double(), 0)).abs().max() < 1e-5
 
 
+def test_the_gram_matrix_is_exact_to_four_digits():
+    """Relative to the norms, for gradients as long as a small encoder's: also where two are nearly antiparallel and their
+    length is odd, which float32 sums least well."""
+    generator = torch.Generator().manual_seed(14)
+    for P in (3_000_001, 3 << 20):
+        first, noise, other = torch.randn(3, P, generator=generator)
+        J = torch.stack([first, 1e-4 * noise - first, other])
+        exact = J.double() @ J.double().T
+        norms = exact.diagonal().sqrt()
+        assert ((pcgrad.gram_matrix(J) - exact) / (norms[:, None] * norms)).abs().max() < 1e-4
+
+
 def vaccine_reference(gradients, targets, seed, beta=0.01):
     """Wang et al. 2021. Moves targets in place."""
     def change(i, j, g, other):
