@@ -1,0 +1,264 @@
+"""Every system of the five reports at one budget: 30,000 training examples each, on the whole sets.
+
+    python results/systems/systems.py show 4f            print the commands of a system
+    python results/systems/systems.py run 5c 5d --seeds 1 2 3 --data_dir DIR
+                                                         train, and keep a record per run
+
+DIR holds the course's files, and yelp-train.csv (id, sentence, sentiment 0 to 4) for 5e and 5g. A
+record is a folder results/systems/NAME-SEED with command.txt, args.json, metrics.jsonl and
+environment.json; `DATA` stands there for DIR. A system whose record exists is not trained again,
+and a run that was interrupted is resumed.
+
+All systems use the default encoder with mean pooling. The fine-tuned ones have a peak learning
+rate of 2e-4 (the best of 1e-4, 2e-4 and 4e-4 on 5c with a seed of its own), 1f half of it; the
+frozen ones have the reports' 1e-3. Two evaluations each, half way and at the end; annealed systems
+have four.
+"""
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parents[1]
+
+# 500 updates with 20 examples of each of the three tasks, or 1,500 with 20 examples of one task
+STEPS = "--epochs 2 --epoch_length 250 --batch_size 20"
+ONE_TASK_STEPS = "--epochs 2 --epoch_length 750 --batch_size 20"
+ANNEALED_STEPS = "--epochs 4 --epoch_length 375 --batch_size 20"
+# report 5's proportions, 2 / 24 / 2, at 60 examples per update
+MIXED_STEPS = "--epochs 2 --epoch_length 250 --batch_size sst=4,para=52,sts=4"
+# and 2,500 reviews beside them, a quarter of the file
+MIXED_YELP_STEPS = f"{MIXED_STEPS},yelp=4 --aux yelp=DATA/yelp-train.csv --limit yelp=0.25"
+
+FINETUNE = "--option finetune --lr 2e-4"
+FROZEN = "--option pretrain --lr 1e-3"
+SST_ALONE = "--tasks sst --score_also para,sts"
+IN_TURN = f"{FINETUNE} {ONE_TASK_STEPS} --schedule sequential"
+MTDNN = f"{FINETUNE} {ONE_TASK_STEPS} --schedule mtdnn --upsample --pair_head uv"
+REPORT_3 = "--pair_head para=uv,sts=cosine --hidden_dropout_prob 0.1"
+SMART = "--smart --proximal mu=0.8,beta=0.95"
+REPORT_4 = "--weight_decay 0.01 --hidden_dropout_prob 0.2"
+ANNEALED = f"{FINETUNE} {ANNEALED_STEPS} --schedule annealed --pair_head cross {REPORT_4}"
+MIXED = f"{FINETUNE} {MIXED_STEPS} --schedule mixed --pair_head cross"
+MIXED_YELP = f"{FINETUNE} {MIXED_YELP_STEPS} --schedule mixed --pair_head cross"
+
+
+@dataclass
+class System:
+    what: str
+    flags: str  # of multitask_classifier.py
+    report: tuple = (None, None, None)  # the report's own dev scores: sst (or CFIMDB), para, sts
+    base: dict = field(default_factory=dict)  # {a system that it adds something to: what that is}
+    start: str | None = None  # a system or a pretraining below, whose result it starts from
+    same_as: str | None = None  # a system that trains the same weights
+
+
+PRETRAINING = {
+    "mlm": "--lr 1e-4 --epochs 3 --epoch_length 500",
+    "mlm-fast": "--lr 1e-3 --epochs 3 --epoch_length 500",
+}
+SYSTEMS = {
+    "1a": System("sentiment alone", f"{FINETUNE} {ONE_TASK_STEPS} {SST_ALONE} --pair_head uv_diff",
+                 (.416, .376, .019)),
+    "1b": System("round robin, [u; v; abs(u - v)]", f"{FINETUNE} {STEPS} --pair_head uv_diff",
+                 (.485, .853, .635), {"1a": "the pair tasks"}),
+    "1c": System("1b after MLM pretraining", f"{FINETUNE} {STEPS} --pair_head uv_diff",
+                 (.509, .815, .677), {"1b": "MLM pretraining"}, "mlm"),
+    "1d": System("1b with PCGrad", f"{FINETUNE} {STEPS} --pair_head uv_diff --pcgrad",
+                 (.485, .840, .660), {"1b": "PCGrad"}),
+    "1e": System("1c with PCGrad", f"{FINETUNE} {STEPS} --pair_head uv_diff --pcgrad",
+                 (.469, .844, .650), {"1b": "both", "1c": "PCGrad", "1d": "MLM pretraining"},
+                 "mlm"),
+    "1f": System("1b, half the rate, twice the batch, dropout .5",
+                 "--option finetune --lr 1e-4 --epochs 2 --epoch_length 125 --batch_size 40 "
+                 "--hidden_dropout_prob 0.5 --pair_head uv_diff",
+                 (.506, .796, .632), {"1b": "rate, batch, dropout"}),
+    "2a": System("sentiment alone", "", (.511, None, None), same_as="1a"),
+    "2a-frozen": System("frozen, sentiment alone", "", (.416, None, None), same_as="3a"),
+    "2a-cfimdb": System("CFIMDB alone", f"{FINETUNE} {ONE_TASK_STEPS} --tasks cfimdb",
+                        (.963, None, None), {"2a-cfimdb-frozen": "fine-tuning"}),
+    "2a-cfimdb-frozen": System("frozen, CFIMDB alone", f"{FROZEN} {ONE_TASK_STEPS} --tasks cfimdb",
+                               (.780, None, None)),
+    "2b": System("sentiment alone", "", (.262, .375, .001), same_as="1a"),
+    "2c": System("in turn, [u; v]", f"{IN_TURN} --pair_head uv",
+                 (.478, .811, .403), {"2b": "the pair tasks"}),
+    "2d": System("MT-DNN's schedule, up-sampled", MTDNN,
+                 (.511, .522, .395), {"2c": "MT-DNN's schedule"}),
+    "2e": System("2c after MLM pretraining at 1e-3", f"{IN_TURN} --pair_head uv",
+                 (.506, .806, .442), {"2c": "MLM pretraining"}, "mlm-fast"),
+    "2f": System("2e with a cosine for sts", f"{IN_TURN} --pair_head para=uv,sts=cosine",
+                 (.502, .807, .403), {"2e": "a cosine for sts"}, "mlm-fast"),
+    # 2g: 2c and 2d as the Quora set shrinks
+    **{f"{name}-{part}": System(f"{name}, {share} of the pairs", f"{flags} --limit para={share}")
+       for name, flags in (("2c", f"{IN_TURN} --pair_head uv"), ("2d", MTDNN))
+       for part, share in (("4th", 1 / 4), ("16th", 1 / 16), ("64th", 1 / 64))},
+    "3a": System("frozen, sentiment alone", f"{FROZEN} {ONE_TASK_STEPS} {SST_ALONE} {REPORT_3}",
+                 (.415, .609, -.072)),
+    "3b": System("sentiment alone, dropout .1",
+                 f"{FINETUNE} {ONE_TASK_STEPS} {SST_ALONE} {REPORT_3}",
+                 (.529, .381, .246), {"3a": "fine-tuning"}),
+    "3c": System("3b with SMART and the proximal term",
+                 f"{FINETUNE} {ONE_TASK_STEPS} {SST_ALONE} {REPORT_3} {SMART}",
+                 (.518, .371, .307), {"3b": "SMART, proximal term"}),
+    "3d": System("round robin, cosine for sts", f"{FINETUNE} {STEPS} {REPORT_3}",
+                 (.500, .695, .496), {"3b": "the pair tasks"}),
+    "3e": System("3d with SMART and the proximal term", f"{FINETUNE} {STEPS} {REPORT_3} {SMART}",
+                 (.505, .719, .567), {"3d": "SMART, proximal term"}),
+    "4a": System("frozen, pairs apart: [u; v], a cosine for sts",
+                 f"{FROZEN} --epochs 2 --epoch_length 375 --batch_size 20 --tasks sst,para "
+                 f"--score_also sts --pair_head para=uv,sts=cosine {REPORT_4}",
+                 (.383, .519, .101)),
+    "4b": System("4a cross-encoded", f"{FROZEN} {STEPS} --pair_head cross {REPORT_4}",
+                 (.383, .622, .428), {"4a": "cross-encoding"}),
+    "4c": System("round robin, cross-encoded", f"{FINETUNE} {STEPS} --pair_head cross {REPORT_4}",
+                 (.451, .766, .813), {"4b": "fine-tuning"}),
+    "4d": System("4c, annealed", ANNEALED, (.469, .805, .822), {"4c": "annealing"}),
+    "4e": System("4d with the heads of 4b", ANNEALED, (.488, .805, .841),
+                 {"4d": "the heads of 4b"}, "4b"),
+    "4e-pal": System("4e with low-rank layers per task", f"{ANNEALED} --pal g=identity",
+                     (.492, .810, .843), {"4e": "low-rank layers"}, "4b"),
+    "4f": System("4e-pal with SMART", f"{ANNEALED} --pal g=identity --smart eps=1e-6",
+                 (.506, .818, .875), {"4e-pal": "SMART"}, "4b"),
+    "5a": System("frozen, cross-encoded", f"{FROZEN} {STEPS} --pair_head cross",
+                 (.390, .702, .457)),
+    "5b": System("in turn, an optimizer per task",
+                 f"{IN_TURN} --tasks para,sst,sts --optimizer_per_task --pair_head cross",
+                 (.510, .877, .830), {"5a": "fine-tuning"}),
+    "5c": System("in proportion to the sets", MIXED,
+                 (.524, .872, .855), {"5b": "mixed batches, one optimizer"}),
+    "5c-.5": System("5c with dropout .5", f"{MIXED} --hidden_dropout_prob 0.5",
+                    (.505, .872, .849), {"5c": "dropout .5"}),
+    "5d": System("5c with PCGrad", f"{MIXED} --pcgrad", (.515, .871, .849), {"5c": "PCGrad"}),
+    "5d-.5": System("5d with dropout .5", f"{MIXED} --pcgrad --hidden_dropout_prob 0.5",
+                    (.513, .877, .855), {"5c-.5": "PCGrad", "5d": "dropout .5"}),
+    "5e": System("5c with Yelp reviews", MIXED_YELP, (.510, .875, .851), {"5c": "Yelp reviews"}),
+    "5e-.5": System("5e with dropout .5", f"{MIXED_YELP} --hidden_dropout_prob 0.5",
+                    (.501, .877, .846), {"5c-.5": "Yelp reviews", "5e": "dropout .5"}),
+    "5f": System("frozen, a cosine for para alone",
+                 f"{FROZEN} {ONE_TASK_STEPS} --tasks para --pair_head cosine"),
+    "5g": System("5e with PCGrad on four gradients", f"{MIXED_YELP} --pcgrad",
+                 base={"5d": "Yelp reviews", "5e": "PCGrad"}),
+    "5g-2": System("5e with PCGrad on two gradients: the sum of the three, Yelp",
+                   f"{MIXED_YELP} --pcgrad sst+para+sts,yelp",
+                   base={"5d": "Yelp reviews", "5e": "PCGrad"}),
+}
+
+
+# ---------------------------------------------------------------- commands
+
+def command_of(name, seed, machine=" --amp"):
+    """The command of a system or a pretraining, as typed in the project's folder.
+
+    machine: the flags that depend on the machine.
+    """
+    if name in PRETRAINING:
+        return (f"python pretrain_mlm.py {PRETRAINING[name]}{machine} --seed {seed} "
+                f"--out runs/systems/{name}-{seed} --data_dir DATA")
+    system = SYSTEMS[name]
+    start = ""
+    if system.start:
+        flag = "--model" if system.start in PRETRAINING else "--init_from"
+        start = f" {flag} runs/systems/{system.start}-{seed}"
+    if "--smart" in system.flags:  # a perturbation of 1e-5 would be lost in bfloat16
+        machine = machine.replace(" --amp", "")
+    return (f"python multitask_classifier.py {system.flags}{start}{machine} --seed {seed} "
+            f"--name systems/{name}-{seed} --data_dir DATA")
+
+
+def show(name, seed):
+    """Print the commands of a system, those that it starts from first."""
+    system = SYSTEMS[SYSTEMS[name].same_as or name]
+    if system.start:
+        print(command_of(system.start, seed))
+    print(command_of(SYSTEMS[name].same_as or name, seed))
+
+
+# ---------------------------------------------------------------- training
+
+def environment(data_dir):
+    """What a figure depends on beside its command: commit, libraries, processor, threads, data."""
+    describe = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    files = [path for split in ("train", "dev") for path in sorted(data_dir.glob(f"*-{split}.csv"))]
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "cpu": cpu, "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(), "sha256": digests}
+
+
+def train(name, seed, data_dir, machine):
+    """Train a system or a pretraining, after what it starts from. Returns the folder of the run;
+    environment.json in it, written last, says that it has ended."""
+    folder = PROJECT / f"runs/systems/{name}-{seed}"
+    if (folder / "environment.json").exists():
+        return folder
+    if name in SYSTEMS and SYSTEMS[name].start:
+        train(SYSTEMS[name].start, seed, data_dir, machine)
+
+    command, surroundings = command_of(name, seed, machine), environment(data_dir)
+    print(command, flush=True)
+    flags = command.replace("DATA", str(data_dir)).split()[2:]
+    if folder.exists():
+        flags = ["--resume", str(folder)]
+    subprocess.run([sys.executable, command.split()[1], *flags], cwd=PROJECT, check=True)
+    (folder / "environment.json").write_text(json.dumps(surroundings, indent=2) + "\n")
+    return folder
+
+
+def run(name, seed, data_dir, machine):
+    """Train a system and keep its record, unless the record exists."""
+    name = SYSTEMS[name].same_as or name
+    kept = HERE / f"{name}-{seed}"
+    if kept.exists():
+        print(f"{name}, seed {seed}: the record exists")
+        return
+    folder = train(name, seed, data_dir, machine)
+
+    # what belongs to this machine stays out of the record
+    args = json.loads((folder / "args.json").read_text().replace(str(data_dir), "DATA"))
+    args.pop("folder")
+    new = HERE / f".{kept.name}"
+    new.mkdir(exist_ok=True)
+    (new / "command.txt").write_text(command_of(name, seed, machine) + "\n")
+    (new / "args.json").write_text(json.dumps(args, indent=2) + "\n")
+    for file in ("metrics.jsonl", "environment.json"):
+        (new / file).write_text((folder / file).read_text())
+    new.rename(kept)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_subparsers(dest="what", required=True)
+    shown = what.add_parser("show", help="print the commands of a system")
+    shown.add_argument("system", choices=SYSTEMS, metavar="SYSTEM")
+    runs = what.add_parser("run", help="train systems and keep their records")
+    runs.add_argument("systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM")
+    runs.add_argument("--seeds", type=int, nargs="+", default=[1])
+    runs.add_argument("--data_dir", type=Path, default=PROJECT / "data")
+    runs.add_argument("--float32", action="store_true", help="without --amp")
+    runs.add_argument("--use_gpu", action="store_true")
+    args = parser.parse_args()
+    if args.what == "show":
+        show(args.system, seed=1)
+        return
+    machine = (" --use_gpu" if args.use_gpu else "") + ("" if args.float32 else " --amp")
+    for seed in args.seeds:
+        for name in args.systems:
+            run(name, seed, args.data_dir.resolve(), machine)
+
+
+if __name__ == "__main__":
+    main()
