@@ -182,7 +182,8 @@ def get_parser():
                        help="rows a step, for all tasks or each: sst=2,para=24,sts=2 (default: sst=16,para=32,sts=12, "
                             "cfimdb=8; 20 with --schedule mixed)")
     group.add_argument("--accumulate", type=number(int, 1), default=1,
-                       help="steps of the schedule whose gradients are added up for one optimizer step")
+                       help="steps of the schedule that make one optimizer step. Their mean losses are summed: the "
+                            "gradient is N times that of one batch N times as large, so --clip takes effect N times earlier")
     group.add_argument("--lr", type=number(float, 0), default=None,
                        help="peak learning rate (default: 1e-4 for finetune, 1e-3 for pretrain)")
     group.add_argument("--lr_schedule", choices=("linear", "constant"), default="linear",

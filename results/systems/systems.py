@@ -125,7 +125,7 @@ SYSTEMS = {
                  {"4d": "the heads of 4b"}, "4b"),
     "4e-pal": System("4e with low-rank layers per task", f"{ANNEALED} --pal g=identity",
                      (.492, .810, .843), {"4e": "low-rank layers"}, "4b"),
-    "4f": System("4e-pal with SMART", f"{ANNEALED} --pal g=identity --smart eps=1e-6",
+    "4f": System("4e-pal with SMART", f"{ANNEALED} --pal g=identity --smart eps=1e-6,sigma=3.2e-3",
                  (.506, .818, .875), {"4e-pal": "SMART"}, "4b"),
     "5a": System("frozen, cross-encoded", f"{FROZEN} {STEPS} --pair_head cross",
                  (.390, .702, .457)),
