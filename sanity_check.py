@@ -1129,7 +1129,7 @@ def test_every_id_of_a_file_without_labels_is_kept():
 
         with contextlib.redirect_stdout(io.StringIO()) as said:
             found = read_examples(table(rows), task, labelled=False)
-        assert [i[0] for i in found.ids] == list("abcdef") and not found.malformed, name
+        assert found.ids == ["a", "b", "c", "d", "e\0", "f"] and not found.malformed, name
         assert found.texts[2] == ("",) * len(text) and found.texts[5] == tuple(text)
         assert "5 of 6 rows are predicted as they are: line 3: " in said.getvalue()
 
@@ -1877,7 +1877,7 @@ def test_every_id_of_the_test_files_is_predicted():
                                   ("pretrain", "cross", "cls"), ("pretrain", "uv_diff", "mean")):
         status, said, folder = run("--pair_head", head, "--pooling", pooling, *flags, option=option)
         assert status == 0, said
-        assert "line 2: sentence is empty" in said and "line 4: it holds a NUL byte" in said
+        assert "line 2: sentence is empty" in said and "line 4: sentence holds a NUL byte" in said
         for name, texts in rows.items():
             lines = (folder / "predictions" / f"{name}-test-output.csv").read_text().splitlines()
             found = dict(line.split(" , ") for line in lines[1:])

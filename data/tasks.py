@@ -90,14 +90,14 @@ class Examples:
 
 
 def read_rows(path):
-    """(line where it starts, fields, whether it holds a NUL byte) of every row, the header first.
+    """(line where it starts, fields) of every row, the header first.
 
     A blank line is no row. Raises InputError: no such file, not UTF-8, an open quote.
     """
     line, lines_with_nul = 1, set()
 
     def without_nul(file):
-        # csv takes NUL bytes only from Python 3.11 on. U+FFFD stands in: the tokenizer drops both.
+        # csv takes NUL bytes only from Python 3.11 on, so U+FFFD stands in while it reads
         for number, text in enumerate(file, start=1):
             if "\0" in text:
                 lines_with_nul.add(number)
@@ -110,9 +110,10 @@ def read_rows(path):
                 if reader.line_num > line and any("\t" in field for field in fields):
                     raise InputError(f"{path}: the quote opened in line {line} runs over several "
                                      "rows; close it or double it")
+                if not lines_with_nul.isdisjoint(range(line, reader.line_num + 1)):
+                    fields = [field.replace("\ufffd", "\0") for field in fields]
                 if fields or line == 1:
-                    lines = range(line, reader.line_num + 1)
-                    yield line, fields, not lines_with_nul.isdisjoint(lines)
+                    yield line, fields
                 line = reader.line_num + 1
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -138,18 +139,18 @@ def read_examples(path, task, labelled=True, skip_malformed=False):
     """
     path = Path(path)
     rows = read_rows(path)
-    _, header, _ = next(rows)
+    _, header = next(rows)
     check_header(path, header, task, labelled)
 
     ids, texts, labels, shown = [], [], [], []
-    for line, fields, has_nul in rows:
+    for line, fields in rows:
         row = dict(zip(header, fields))
         unassigned = field_error(row, fields, header, labelled)
         if unassigned and not labelled:
             raise InputError(f"{path}: line {line}: {unassigned}; every id of a file without "
                              "labels gets a prediction, so fix this row")
 
-        reason = unassigned or text_error(row, fields, header, task, has_nul)
+        reason = unassigned or text_error(row, fields, header, task)
         if labelled and not reason:
             reason = label_error(row, task)
         if reason:
@@ -204,21 +205,20 @@ def report_rows(path, total, shown, labelled, skip_malformed):
 
 def field_error(row, fields, header, labelled):
     """Why it is not known which field is which, or the row has no id; or None."""
-    # more tabs at the end of a row leave no doubt; without labels, where no row is dropped, they do
-    # no harm
+    # without labels no row is dropped for tabs at its end, which leave no doubt
     surplus = fields[len(header):]
     if len(fields) < len(header) or (surplus and (labelled or any(surplus))):
         return f"{len(fields)} fields where the header has {len(header)}"
     return None if row["id"].strip() else "id is empty"
 
 
-def text_error(row, fields, header, task, has_nul):
-    """What is wrong with the text of a row whose fields are known, or None."""
-    for column in task.text_columns:
+def text_error(row, fields, header, task):
+    """What is wrong with the id or text of a row whose fields are known, or None."""
+    for column in ("id", *task.text_columns):
         if not row[column].strip():
             return f"{column} is empty"
-    if has_nul:
-        return "it holds a NUL byte"
+        if "\0" in row[column]:  # which the tokenizer drops
+            return f"{column} holds a NUL byte"
     return "more tabs at its end" if len(fields) > len(header) else None
 
 
@@ -243,7 +243,7 @@ def has_labels(path, task):
         for split in ("train", "dev", "test"):
             if path.name == known.filename(split):
                 return split != "test"
-    _, header, _ = next(read_rows(path))
+    _, header = next(read_rows(path))
     return task.label_column in header
 
 
