@@ -68,6 +68,14 @@ def per_task(convert):
     return parse
 
 
+def name_and_file(text):
+    """A flag's type: NAME=FILE as (name, file); FILE may hold commas and equals signs."""
+    name, _, file = text.partition("=")
+    if not name.strip() or not file:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return name.strip(), file
+
+
 def names(text):
     """A flag's type: one or more names, as in sst+sts."""
     found = [name.strip() for name in text.split("+")]
@@ -126,8 +134,14 @@ def resumed(resolve, argv, folder_flag):
         of_run, started_in = [*map(str, args["argv"]), folder_flag, str(Path(folder).absolute())], str(args["folder"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {folder}: no run to go on with ({type(error).__name__} in its args.json)") from None
-    args, other = resolve(of_run), resolve([*of_run, *argv])  # without --resume, so that this function returns at once
     typed = {word.split("=")[0] for word in argv}  # not what follows from it: surgery, gradient_rows, ...
+    others = of_run
+    if "--aux" in typed:  # which adds to those before it, and is to be compared with the run's
+        repeated = Parser(add_help=False)
+        repeated.add_argument("--aux", action="append")
+        _, others = repeated.parse_known_args(of_run)
+    # without --resume, so that this function returns at once
+    args, other = resolve(of_run), resolve([*others, *argv])
     differing = [f"--{name} is {value!r} in the run" for name, value in vars(args).items()
                  if f"--{name}" in typed - {"--save_every"} and vars(other)[name] != value]
     if differing:
@@ -163,8 +177,9 @@ def get_parser():
                        help="take over encoder and heads of an earlier run; with --model the heads alone")
     group = parser.add_argument_group("training")
     group.add_argument("--tasks", default="sst,para,sts", help=f"tasks to train, of {','.join(TASKS)}; a step visits them in this order")
-    group.add_argument("--aux", type=named_values, default={}, metavar="NAME=FILE,...",
-                       help="further tasks to train: classes of sentences, in a file like sst's; they count in no score")
+    group.add_argument("--aux", type=name_and_file, action="append", metavar="NAME=FILE",
+                       help="a further task to train: classes of sentences, in a file like sst's; "
+                            "it counts in no score. Repeat the flag for each task")
     group.add_argument("--score_also", default=None, metavar="TASKS",
                        help="tasks that get a head and scores, and no training: how far does sst alone carry?")
     group.add_argument("--limit", type=per_task(number(float, 0)), default=None, metavar="para=0.25",
@@ -262,6 +277,10 @@ def resolve(argv):
     args.argv, args.folder = argv, os.getcwd()  # for --resume
     args.tasks = task_names(args.tasks)
     args.score_also = task_names(args.score_also, "--score_also") if args.score_also is not None else []
+    given = args.aux or []
+    args.aux = dict(given)
+    if len(args.aux) < len(given):
+        raise InputError(f"argument --aux: one of {', '.join(args.aux)} is given twice")
     args.trained = [*args.tasks, *args.aux]
     for name in args.score_also:
         if name in args.tasks:

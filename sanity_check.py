@@ -1114,6 +1114,83 @@ def test_reading_counts_and_names_malformed_rows():
     assert test.ids == ["x"] and test.labels is None
 
 
+def test_a_column_name_twice_is_an_error_and_an_empty_id_a_malformed_row():
+    header, row = "\tid\tsentence\tsentiment", "0\tx\tA film.\t1"
+    for name in ("id", "sentence", "sentiment", "note"):
+        path = write("a.csv", f"{header}\tnote\t{name}\n{row}\t2\t3\n")
+        raises(InputError, f"2 columns of its header are named {name!r}", read_examples, path,
+               TASKS["sst"])
+    path = write("a.csv", f"\t{header}\n9\t{row}\n")  # row numbers of row numbers: no names
+    assert read_examples(path, TASKS["sst"]).texts == [("A film.",)]
+    path = write("b.csv", f"{header}\n{row}\n1\t  \tA film.\t1\n")
+    raises(InputError, "1 of 2 rows are malformed: line 3: id is empty", read_examples, path,
+           TASKS["sst"])
+    assert read_examples(path, TASKS["sst"], skip_malformed=True).ids == ["x"]
+
+
+def test_every_id_of_a_file_without_labels_is_kept():
+    for name, task in TASKS.items():
+        columns = "\t".join(task.text_columns)
+        text = ["How are you?", "Who?"][:len(task.text_columns)]
+        rows = [["a", *text], ["b", *text[:-1], ""], ["c", *[" "] * len(text)],
+                ["d", *text[:-1], "W\0ho?"], ["e\0", *text], ["f", *text, "", ""]]
+
+        def table(rows):
+            lines = [f"{i}\t" + "\t".join(row) for i, row in enumerate(rows)]
+            return write(task.filename("test"), "\n".join([f"\tid\t{columns}", *lines]) + "\n")
+
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            found = read_examples(table(rows), task, labelled=False)
+        assert found.ids == ["a", "b", "c", "d", "e\0", "f"] and not found.malformed, name
+        assert found.texts[2] == ("",) * len(text) and found.texts[5] == tuple(text)
+        assert "5 of 6 rows are predicted as they are: line 3: " in said.getvalue()
+
+        # where it is not known which field is which, or whose the prediction is, nothing is guessed
+        for row, part in ((["", *text], "line 4: id is empty"), (["g", *text[:-1]], "line 4: "),
+                          (["g", *text, "", "Why?"], "line 4: ")):
+            for skip in (False, True):
+                raises(InputError, part, read_examples, table([rows[0], rows[0], row]), task,
+                       labelled=False, skip_malformed=skip)
+
+
+def test_a_text_without_tokens_is_encoded_as_cls_and_sep():
+    tokenizer = load_tokenizer(workspace() / "tiny")
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    path = write("a.csv", "\tid\tsentence1\tsentence2\n0\tx\t\t\n1\ty\t\0\t\0\n")
+    with contextlib.redirect_stdout(io.StringIO()):
+        examples = read_examples(path, TASKS["sts"], labelled=False)
+    for row in tokenize(examples, tokenizer, 64, cross=True).tokens:
+        assert [(ids.tolist(), first) for ids, first in row] == [([cls, sep, sep], 2)]
+    for row in tokenize(examples, tokenizer, 64, cross=False).tokens:
+        assert [(ids.tolist(), first) for ids, first in row] == [([cls, sep], 2)] * 2
+
+
+def test_a_long_field_is_cut_aloud_and_an_open_quote_is_still_found():
+    tokenizer, words = load_tokenizer(workspace() / "tiny"), "a film " * 30000
+    header = "\tid\tsentence\tsentiment\n"
+    path = write("a.csv", header + f"0\tx\t{words}\t1\n1\ty\tA film.\t2\n")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        examples = tokenize(read_examples(path, TASKS["sst"]), tokenizer, 64, cross=True)
+    assert len(examples.texts[0][0]) == 209999 and examples.labels.tolist() == [1, 2]
+    assert len(examples.tokens[0][0][0]) == 64 and "cut 1 of 2 rows to 64 tokens" in said.getvalue()
+    rows = "".join(f"{i}\tx{i}\tA film.\t1\n" for i in range(20000))
+    for end in ("", '9\tx\tA film."\t1\n'):  # never closed, and closed 20,000 rows below
+        path = write("b.csv", header + '0\tx\t"A film.\t1\n' + rows + end)
+        raises(InputError, "quote", read_examples, path, TASKS["sst"], skip_malformed=True)
+        raises(InputError, " in line 2", read_examples, path, TASKS["sst"], skip_malformed=True)
+
+
+def test_a_file_is_without_labels_by_its_whole_name_or_its_header():
+    for task in TASKS.values():
+        texts = "\t".join(task.text_columns)
+        bare, labelled = f"\tid\t{texts}\n", f"\tid\t{texts}\t{task.label_column}\n"
+        assert not tasks.has_labels(write(task.filename("test"), labelled), task)
+        assert tasks.has_labels(write(task.filename("dev"), bare), task)  # and is then refused
+        for name in (f"{task.stem}-latest.csv", f"{task.stem}-test-mine.csv", "contest.csv"):
+            assert tasks.has_labels(write(name, labelled), task)
+            assert not tasks.has_labels(write(name, bare), task)
+
+
 def rows_by_quotes(text):
     """How many rows there are below the header, told from where quotes open and close alone; a blank line is no row."""
     count, inside, before, empty = 0, False, "\n", True  # a quote opens at the start of a field, and closes anywhere
@@ -1274,20 +1351,29 @@ def test_a_stream_is_a_function_of_its_position():
     assert seed_of(1, 2, "sst") != seed_of(12, "sst") and 0 <= seed_of("x") < 2 ** 63
 
 
-def test_download_resumes_and_counts_rows():
-    """From a server on this machine that breaks off in the middle of a file."""
+def test_git_blob_ids_are_gits():
+    assert download.git_blob(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+    assert download.git_blob(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+    names = {task.filename(split) for task in TASKS.values() for split in ("train", "dev", "test")}
+    assert set(download.GIT_BLOBS) == names and len(set(download.GIT_BLOBS.values())) == 12
+
+
+def test_download_resumes_and_keeps_whatever_is_served():
+    """From a server on this machine that breaks off in the middle of a file, or tells no length."""
     served = Path(tempfile.mkdtemp(dir=workspace()))
-    body = ("\tid\tsentence\tsentiment\n" + "".join(f"{i}\tx{i}\t film\t1\n" for i in range(5000))).encode()
-    requests = []
+    rows = "".join(f"{i}\tx{i}\t film\t1\n" for i in range(5000))
+    body = f"\tid\tsentence\tsentiment\n{rows}".encode()
+    requests, lengths, ends = [], True, [30000]  # ends: where each answer breaks off, else whole
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             start = int(self.headers.get("Range", "bytes=0-")[6:-1])
             requests.append(start)
             self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(body) - start))
+            if lengths:
+                self.send_header("Content-Length", str(len(body) - start))
             self.end_headers()
-            self.wfile.write(body[start:start + 30000] if len(requests) == 1 else body[start:])
+            self.wfile.write(body[start:ends.pop() if ends else None])
 
         def log_message(self, *args):
             pass
@@ -1295,16 +1381,41 @@ def test_download_resumes_and_counts_rows():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}/"
-    try:
-        with mock.patch.object(download, "ROWS", {"a.csv": 5000}), contextlib.redirect_stdout(io.StringIO()), \
+
+    def fetch(name, blob):
+        """(the failures, what was said) for a set of one file."""
+        with mock.patch.object(download, "GIT_BLOBS", {name: blob}), \
+                contextlib.redirect_stdout(io.StringIO()) as said, \
                 contextlib.redirect_stderr(io.StringIO()):
-            failed = download.download_sets(base, served)
-            assert len(failed) == 1 and "30000 of" in failed[0] and not (served / "a.csv").exists()
-            assert download.download_sets(base, served) == [] and (served / "a.csv").read_bytes() == body
-            assert requests == [0, 30000]
-            assert download.download_sets(base, served) == [] and len(requests) == 2  # what is there stays
-        with mock.patch.object(download, "ROWS", {"b.csv": 6000}), contextlib.redirect_stderr(io.StringIO()):
-            assert "5000 rows where 6000" in download.download_sets(base, served)[0] and not (served / "b.csv").exists()
+            return download.download_sets(base, served), said.getvalue()
+
+    own = download.git_blob(body)
+    try:
+        failed, _ = fetch("a.csv", own)
+        assert len(failed) == 1 and f"after 30000 of {len(body)}" in failed[0]
+        assert not (served / "a.csv").exists()
+        failed, said = fetch("a.csv", own)
+        assert failed == [] and (served / "a.csv").read_bytes() == body
+        assert f"{len(body)} bytes, the course's own file" in said and requests == [0, 30000]
+        assert fetch("a.csv", own)[0] == [] and len(requests) == 2  # what is there stays
+
+        # other bytes, if only one: kept and said, whether they were fetched or were there before
+        other = download.git_blob(body[:-1])
+        for _ in range(2):
+            failed, said = fetch("b.csv", other)
+            assert failed == [] and (served / "b.csv").read_bytes() == body and len(requests) == 3
+            assert said.count("\n") == 1 and own in said and other in said
+            assert "cut short" not in said
+
+        # without a length a whole file is known by its id alone, and a cut one is doubted
+        lengths = False
+        failed, said = fetch("c.csv", own)
+        assert failed == [] and "the course's own file" in said and "not" not in said
+        ends.append(30000)
+        failed, said = fetch("d.csv", own)
+        assert failed == [] and "30000 bytes" in said and "may be cut short" in said
+        (served / "d.csv").unlink()
+        assert "cut short" not in fetch("d.csv", own)[1]
     finally:
         server.shutdown()
         server.server_close()
@@ -1741,6 +1852,50 @@ def test_auxiliary_tasks_and_tasks_without_training():
     drawn = {name: p for name, p in torch.load(folder / "last.pt", weights_only=True)["model"].items() if "para" in name}
     kept = load_file(folder / "model.safetensors")
     assert all(torch.equal(drawn[name], kept[name]) for name in drawn) and drawn
+
+
+def test_auxiliary_tasks_are_one_flag_each_and_their_files_have_any_name():
+    root = Path(tempfile.mkdtemp(dir=workspace()))
+    files = [root / name for name in ("stars,more=1.csv", "a=b,c=d.csv")]
+    for path in files:
+        shutil.copy(workspace() / "data" / "stars-train.csv", path)
+    flags = ["--aux", f"stars={files[0]}", "--aux", f"again={files[1]}", "--batch_size", 4]
+    status, said, folder = run("--tasks", "sst", *flags)
+    assert status == 0 and "stars: 20 train rows" in said and "again: 20 train rows" in said, said
+    assert {"stars", "again"} < set(read_metrics(folder, "step")[-1]["losses"])
+
+    # --resume reads the flags of the run; one that is typed again must say the same
+    before = remains(folder)
+    for typed in ((), flags):
+        status, said = quietly(multitask_classifier.main, "--resume", folder, *typed)
+        assert status == 0 and remains(folder)[0] == before[0], said
+    status, said = quietly(multitask_classifier.main, "--resume", folder, *flags[:2])
+    assert status == 2 and "--aux is {'stars': " in said and "in the run: leave" in said, said
+
+
+def test_every_id_of_the_test_files_is_predicted():
+    """With texts that are empty, encoded together and apart, by an encoder that trains or not."""
+    root = Path(tempfile.mkdtemp(dir=workspace()))
+    rows = {"sst": ["", "A film.", "\0", "a\0 film"],
+            "para": ["Why?\t", "\tWhy?", "\t", "Why?\tWho?", "\0\t"],
+            "sts": ["A man.\t\t", "\t", "\0\t\0", "A man.\tA dog."]}
+    for name, texts in rows.items():
+        header = "\tid\t" + "\t".join(TASKS[name].text_columns)
+        lines = [f"{i}\tid{i}\t{text}" for i, text in enumerate(texts)]
+        text = "\n".join([header, *lines]) + "\n"
+        (root / f"{name}.csv").write_text(text, encoding="utf-8")
+    flags = [part for name in rows for part in (f"--{name}_test", root / f"{name}.csv")]
+    for option, head, pooling in (("finetune", "cross", "mean"), ("finetune", "cosine", "mean"),
+                                  ("pretrain", "cross", "cls"), ("pretrain", "uv_diff", "mean")):
+        status, said, folder = run("--pair_head", head, "--pooling", pooling, *flags, option=option)
+        assert status == 0, said
+        assert "line 2: sentence is empty" in said and "line 4: sentence holds a NUL byte" in said
+        for name, texts in rows.items():
+            lines = (folder / "predictions" / f"{name}-test-output.csv").read_text().splitlines()
+            found = dict(line.split(" , ") for line in lines[1:])
+            assert list(found) == [f"id{i}" for i in range(len(texts))], (name, lines)
+            assert all(math.isfinite(float(value)) for value in found.values())
+        assert abs(float(found["id1"]) - float(found["id2"])) < 1e-5  # of sts: no text, both times
 
 
 def test_heads_are_taken_over():
@@ -2188,7 +2343,11 @@ def test_bad_input_gives_one_line_and_status_2():
         (["--pal", "g=relu"], "g: 'relu' is none of attention, identity"),
         (["--pal", "size=0"], "size: '0' is not a whole number"),
         (["--pal", "size=10"], "is no multiple of the encoder's 4 attention heads"),
-        (["--aux", "stars"], "is not one more NAME=value"),
+        (["--aux", "stars"], "is not NAME=FILE"),
+        (["--aux", "stars="], "is not NAME=FILE"),
+        (["--aux", "=x.csv"], "is not NAME=FILE"),
+        (["--aux", "stars=x.csv", "--aux", "stars=y.csv"], "one of stars is given twice"),
+        (["--aux", f"a={root}/gone.csv,b={root}/gone.csv"], "gone.csv: no such file"),
         (["--aux", "sst=x.csv"], "'sst' is a task already"),
         (["--aux", "a-b=x.csv"], "'a-b' is no plain name"),
         (["--aux", "train=x.csv"], "'train' is no plain name"),

