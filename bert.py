@@ -26,7 +26,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from attention import BertSelfAttention, Linear, Packing
-from data.download import DEFAULT_ENCODER, InputError, fetch_encoder, write_whole
+from data.download import (DEFAULT_ENCODER, TOKENIZER_FILES, InputError, fetch_encoder,
+                           weight_files, write_whole)
+from data.tasks import read_vocabulary
 
 # Published name -> our name, applied from top to bottom; from bottom to top, and right to left, when saving.
 RENAMES = [
@@ -67,7 +69,8 @@ class BertConfig:
             fields = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: cannot be read ({type(error).__name__}); a BERT folder has a config.json") from None
-        for name, ours in (("model_type", model_type), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        for name, ours in (("model_type", model_type), ("hidden_act", "gelu"),
+                           ("position_embedding_type", "absolute"), ("is_decoder", False)):
             if fields.get(name, ours) != ours:
                 raise InputError(f"{path}: {name} is {fields[name]!r}, and this encoder has {ours!r} only")
         config = cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields})
@@ -220,7 +223,7 @@ class BertModel(nn.Module):
                 raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
                                  f"config.json asks for {tuple(own[ours].shape)}")
             else:
-                found[ours] = tensor.float()
+                found[ours] = to_float(path, name, tensor)
         missing = [name for name in own if name not in found]
         if any(not name.startswith("pooler_dense.") for name in missing):
             raise InputError(f"{path}: no tensor for {', '.join(missing[:3])}"
@@ -235,15 +238,23 @@ class BertModel(nn.Module):
     def save_pretrained(self, folder, vocabulary_folder=None, head=None, model_type="bert"):
         """Write config.json and model.safetensors with the published names, and a digest by which damage is noticed.
 
-        vocabulary_folder: the folder whose vocab.txt goes along. head: {name: tensor} to stand beside the encoder. model_type:
-        for config.json; another one than "bert" where the encoder alone is not the model.
+        vocabulary_folder: the folder whose vocabulary and tokenizer settings go along; a vocab.txt
+        is written where it has a tokenizer.json alone. head: {name: tensor} to stand beside the
+        encoder. model_type: for config.json; another one than "bert" where the encoder alone is
+        not the model.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save(folder, model_type)
-        for name in ("vocab.txt", "tokenizer_config.json"):
-            if vocabulary_folder and (vocabulary_folder / name).exists():
-                write_whole(folder / name, lambda path: shutil.copyfile(vocabulary_folder / name, path))
+        if vocabulary_folder:
+            for name in TOKENIZER_FILES:
+                if (vocabulary_folder / name).exists():
+                    write_whole(folder / name,
+                                lambda path: shutil.copyfile(vocabulary_folder / name, path))
+            if not (vocabulary_folder / "vocab.txt").exists():
+                lines = vocabulary_lines(read_vocabulary(vocabulary_folder)[1])
+                write_whole(folder / "vocab.txt",
+                            lambda path: path.write_text(lines, encoding="utf-8", newline="\n"))
         prefix = "bert." if head else ""  # as published: the names of an encoder with a head beside it have the prefix
         tensors = {prefix + published_name(name): tensor.contiguous() for name, tensor in self.state_dict().items()}
         tensors.update(head or {})
@@ -266,6 +277,18 @@ def published_name(name):
     return name
 
 
+def vocabulary_lines(vocabulary):
+    """vocab.txt of {token: id}: the token of id 0, of id 1, ..., a line each.
+
+    An id without a token, or whose token no text can match since there is a space or a line break
+    in it, has an empty line, which no text matches either.
+    """
+    lines = [""] * (max(vocabulary.values()) + 1)
+    for token, i in vocabulary.items():
+        lines[i] = token if token.split() == [token] else ""
+    return "".join(line + "\n" for line in lines)
+
+
 def tensor_digest(tensors):
     """blake2b of the names and bytes of {name: tensor}, in the order of the names; 32 hex digits."""
     total = hashlib.blake2b(digest_size=16)
@@ -286,24 +309,45 @@ def read_safetensors(path):
 
 
 def read_checkpoint(folder):
-    """(path, {published name: tensor}) of a folder's model.safetensors, or of its pytorch_model.bin without running it."""
-    for name, read in (("model.safetensors", read_safetensors),
-                       ("pytorch_model.bin", lambda path: torch.load(path, map_location="cpu", weights_only=True))):
-        path = Path(folder) / name
-        if path.exists():
-            try:
-                tensors = dict(read(path))
-                if not all(isinstance(key, str) and isinstance(x, torch.Tensor) for key, x in tensors.items()):
-                    raise TypeError
-            except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, TypeError, OSError,
-                    EOFError) as error:
-                raise InputError(f"{path}: cannot be read as named tensors and nothing else ({type(error).__name__}); "
-                                 "it is damaged, or holds more than weights") from None
-            positions = tensors.pop(next((key for key in tensors if key.endswith("embeddings.position_ids")), ""), None)
-            if positions is not None and not torch.equal(positions.flatten().cpu(), torch.arange(positions.numel())):
-                raise InputError(f"{path}: position_ids is not 0, 1, 2, ..., which this encoder assumes")
-            return path, tensors
-    raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
+    """(path, {published name: tensor}) of a folder's weights. A pickle is read without running it.
+
+    path: the file to name in a message; the index of weights that are split into several files.
+    """
+    path, files = weight_files(folder)
+    tensors = {}
+    for file in files:
+        try:
+            read = (read_safetensors(file) if file.suffix == ".safetensors"
+                    else dict(torch.load(file, map_location="cpu", weights_only=True)))
+            if not all(isinstance(key, str) and isinstance(x, torch.Tensor)
+                       for key, x in read.items()):
+                raise TypeError
+        except FileNotFoundError:
+            raise InputError(f"{path}: {file.name}, which holds a part of the weights, "
+                             "is not there") from None
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, TypeError,
+                OSError, EOFError) as error:
+            raise InputError(f"{file}: cannot be read as named tensors and nothing else "
+                             f"({type(error).__name__}); it is damaged, or holds more than "
+                             "weights") from None
+        twice = sorted(tensors.keys() & read)
+        if twice:
+            raise InputError(f"{path}: {twice[0]} is in two of its files")
+        tensors.update(read)
+
+    name = next((key for key in tensors if key.endswith("embeddings.position_ids")), "")
+    positions = tensors.pop(name, torch.arange(0)).flatten().cpu()
+    if not torch.equal(positions, torch.arange(len(positions))):
+        raise InputError(f"{path}: position_ids is not 0, 1, 2, ..., which this encoder assumes")
+    return path, tensors
+
+
+def to_float(path, name, tensor):
+    """A tensor of a checkpoint in float32. Raises InputError for integers, which are quantized."""
+    if not tensor.is_floating_point():
+        raise InputError(f"{path}: {name} holds {tensor.dtype}, and weights are floating-point "
+                         "numbers; is the checkpoint quantized?")
+    return tensor.float()
 
 
 def benchmark(flags, rounds=15):

@@ -27,12 +27,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from attention import ProjectedAttention, to_device
-from bert import BertModel, read_checkpoint
+from bert import BertModel, read_checkpoint, to_float
 from checkpoint import Interruption, Meter, Run, RunFailed, autocast, exit_status, join_processes, rank_and_world
 from curves import plot_curves
 from data.batches import Schedule, collate, seed_of
 from data.download import InputError, fetch_encoder
-from data.tasks import TASKS, auxiliary, data_digest, load_data, load_tokenizer, locate
+from data.tasks import TASKS, auxiliary, data_digest, fitting_tokenizer, load_data, locate
 from evaluation import (answers, checked_rows, decide, describe, describe_answer, describe_confusion, encode_once,
                         evaluate, predict, read_input, selection, write_errors, write_predictions)
 from flags import SST_LOSSES, resolve
@@ -204,7 +204,8 @@ class MultitaskBERT(nn.Module):
             if model.own_state().keys() != tensors.keys():
                 raise ValueError(f"it has not the tensors its flags ask for: {sorted(model.own_state().keys() ^ tensors)}")
             model.load_state_dict(tensors, strict=False)
-            model.tokenizer = load_tokenizer(folder)  # for evaluation.answers
+            model.tokenizer = fitting_tokenizer(folder, model.bert.config,  # for evaluation.answers
+                                                pairs="cross" in args["pair_head"].values())
         except InputError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -229,7 +230,9 @@ def read_run(folder):
             raise ValueError("its args.json is not of this script")
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})") from error
-    return args, {name: x for name, x in read_checkpoint(folder)[1].items() if name.startswith(("heads.", "pal."))}
+    path, tensors = read_checkpoint(folder)
+    return args, {name: to_float(path, name, tensor) for name, tensor in tensors.items()
+                  if name.startswith(("heads.", "pal."))}
 
 
 # ---------------------------------------------------------------- training

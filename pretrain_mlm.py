@@ -25,19 +25,19 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from attention import Linear
-from bert import BertModel, read_checkpoint
+from bert import BertConfig, BertModel, read_checkpoint, to_float
 from checkpoint import Interruption, Meter, Run, RunFailed, autocast, exit_status, get_device
 from curves import plot_losses
 from data.batches import Stream, collate, evaluation_batches, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder
-from data.tasks import TASKS, Examples, data_digest, load_tokenizer, locate, read_examples, task_names, tokenize
+from data.tasks import (SPECIAL, TASKS, Examples, data_digest, fitting_tokenizer, locate,
+                        read_examples, task_names, tokenize)
 from flags import Parser, number, resumed
 from optimizer import AdamW, learning_rate, parameter_groups
 
 SHARE = 0.15  # of a sequence's tokens are predicted
 HELD_OUT = 1000  # sequences, or a twentieth of a small set
 LOG_EVERY = 10  # steps between two step lines of metrics.jsonl
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PUBLISHED = {  # our name -> the published one
     "dense.weight": "cls.predictions.transform.dense.weight", "dense.bias": "cls.predictions.transform.dense.bias",
     "layer_norm.weight": "cls.predictions.transform.LayerNorm.weight",
@@ -79,11 +79,14 @@ class MaskedLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, amp=False):
         """A BERT folder, with its own masked-LM head where it has one. Raises InputError."""
-        path, published = read_checkpoint(folder)
-        published = {name.replace("gamma", "weight").replace("beta", "bias"): tensor for name, tensor in published.items()}
-        tied = [name for name in ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias") if name in published]
-        model = cls(BertModel.from_pretrained(folder, elsewhere=[*PUBLISHED.values(), *tied]), amp)
-        found = {ours: published[theirs].float() for ours, theirs in PUBLISHED.items() if theirs in published}
+        path, tensors = read_checkpoint(folder)
+        of_now = {name: name.replace("gamma", "weight").replace("beta", "bias") for name in tensors}
+        published = {of_now[name]: tensor for name, tensor in tensors.items()}
+        decoder = [f"cls.predictions.decoder.{kind}" for kind in ("weight", "bias")]
+        of_head = [name for name in tensors if of_now[name] in (*PUBLISHED.values(), *decoder)]
+        model = cls(BertModel.from_pretrained(folder, elsewhere=of_head), amp)
+        found = {ours: to_float(path, theirs, published[theirs])
+                 for ours, theirs in PUBLISHED.items() if theirs in published}
         if not found:
             print(f"{path}: has no masked-LM head; it starts from random weights")
             return model
@@ -92,8 +95,10 @@ class MaskedLM(nn.Module):
         if wrong:
             raise InputError(f"{path}: {wrong[0]} of its masked-LM head is missing or misshapen")
         model.load_state_dict(found, strict=False)
-        if tied and not torch.equal(published[tied[0]].float(), model.bert.word_embedding.weight):
-            raise InputError(f"{path}: {tied[0]} is not the word embeddings, to which this head is tied")
+        tied = published.get(decoder[0])
+        if tied is not None and not torch.equal(tied.float(), model.bert.word_embedding.weight):
+            raise InputError(f"{path}: {decoder[0]} is not the word embeddings, "
+                             "to which this head is tied")
         return model
 
     def save_pretrained(self, folder, vocabulary_folder):
@@ -113,7 +118,7 @@ class Vocabulary:
     def of(cls, tokenizer, folder):
         ids = tokenizer.get_vocab()
         if "[MASK]" not in ids:
-            raise InputError(f"{folder}: no [MASK] in its vocab.txt")
+            raise InputError(f"{folder}: no [MASK] in its vocabulary")
         special, continuation = np.zeros((2, max(ids.values()) + 1), dtype=bool)
         for token, i in ids.items():
             special[i], continuation[i] = token in SPECIAL, token.startswith("##")
@@ -282,12 +287,19 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder, interrup
 
 @torch.no_grad()
 def fill(model, tokenizer, sentence, top=5):
-    """The most probable tokens for each [MASK] of a sentence. Raises InputError where there is none."""
-    ids = torch.tensor([tokenizer.encode(sentence).ids])
-    chosen = ids == tokenizer.token_to_id("[MASK]")
-    if not chosen.any():
+    """The most probable tokens for each [MASK] of a sentence, which is cut as in training. Raises
+    InputError where there is none, or where one is cut away."""
+    mask, length = tokenizer.token_to_id("[MASK]"), model.bert.config.max_position_embeddings
+    masks = [i for i, token in enumerate(tokenizer.encode(sentence).ids) if token == mask]
+    if not masks:
         raise InputError(f"--fill {sentence!r}: no [MASK] in it")
-    logits, _ = model.eval()(ids, torch.ones_like(ids), torch.zeros_like(ids), chosen)
+    if masks[-1] > length - 2:  # the last token that is read is [SEP]
+        raise InputError(f"--fill {sentence!r}: a [MASK] is cut away, since the encoder reads "
+                         f"{length} tokens; shorten the sentence")
+    examples = Examples(None, "--fill", [0], [(sentence,)], None, [])
+    ((ids, _),), = tokenize(examples, tokenizer, length, cross=False).tokens
+    ids = torch.from_numpy(ids)[None]  # (1, L)
+    logits, _ = model.eval()(ids, torch.ones_like(ids), torch.zeros_like(ids), ids == mask)
     best = logits.softmax(dim=-1).topk(top)
     return [[(tokenizer.id_to_token(int(i)), float(p)) for p, i in zip(*row)] for row in zip(best.values, best.indices)]
 
@@ -340,7 +352,8 @@ def main(argv=None):
     os.chdir(args.folder)  # of a run that goes on: its relative paths start there
     device = get_device(args.use_gpu, args.amp)
     encoder_folder = fetch_encoder(args.model)
-    tokenizer = load_tokenizer(encoder_folder)
+    pairs = not args.fill and any(TASKS[task].is_pair for task in args.tasks)
+    tokenizer = fitting_tokenizer(encoder_folder, BertConfig.from_folder(encoder_folder), pairs)
     vocabulary = Vocabulary.of(tokenizer, encoder_folder)
     torch.manual_seed(args.seed)  # for a new head
     if args.fill:

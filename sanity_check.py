@@ -9,6 +9,8 @@ Checks against `transformers` run where it is installed, and those of CUDA where
 """
 import contextlib
 import csv
+import dataclasses
+import fnmatch
 import functools
 import http.server
 import importlib.util
@@ -33,10 +35,15 @@ from collections import Counter
 from pathlib import Path
 from unittest import SkipTest, mock
 
+import huggingface_hub
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import ttest_ind
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import nn
 from torch.nn import functional as F
 
@@ -117,6 +124,47 @@ def trained(*flags, **kwargs):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def copy_of_tiny(**config):
+    """A folder with the tiny encoder, to be changed. config: fields of its config.json to set; its
+    weights then have the shapes that follow."""
+    folder = Path(tempfile.mkdtemp(dir=workspace())) / "encoder"
+    shutil.copytree(workspace() / "tiny", folder)
+    if config:
+        torch.manual_seed(0)
+        BertModel(dataclasses.replace(TINY, **config)).save_pretrained(folder)
+    return folder
+
+
+def shard(folder):
+    """Split a folder's weights into three files and an index, as transformers saves large ones."""
+    tensors = load_file(folder / "model.safetensors")
+    shards = [folder / f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    shard_of = {name: shards[i % 3] for i, name in enumerate(tensors)}
+    for path in shards:
+        save_file({name: x for name, x in tensors.items() if shard_of[name] == path}, path,
+                  metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": {n: p.name for n, p in shard_of.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    return shards
+
+
+def as_tokenizer_json(folder, normalizer=None, max_length=None):
+    """Put tokenizer.json in the place of a folder's vocab.txt, as transformers 5 and
+    sentence-transformers 6 do. normalizer: its settings. max_length: cut and pad to it."""
+    lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    vocabulary = {token: i for i, token in enumerate(lines)}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.add_special_tokens([token for token in tasks.SPECIAL if token in vocabulary])
+    tokenizer.normalizer = BertNormalizer(**(normalizer or {}))
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    if max_length:
+        tokenizer.enable_truncation(max_length)
+        tokenizer.enable_padding(length=max_length)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "vocab.txt").unlink()
 
 
 def random_batch(config, lengths, seed=0):
@@ -425,6 +473,56 @@ def test_a_pickle_with_a_payload_is_not_run():
         pickle.dump({"embeddings.LayerNorm.weight": Payload()}, file, protocol=2)
     raises(InputError, "cannot be read as named tensors", BertModel.from_pretrained, folder)
     assert not (folder / "owned").exists()
+
+
+def test_weights_in_shards_load():
+    """In the layout of transformers: an index names the file of each tensor."""
+    folder = copy_of_tiny()
+    shards = shard(folder)
+    whole = BertModel.from_pretrained(workspace() / "tiny").state_dict()
+    assert len(shards) == 3 and not (folder / "model.safetensors").exists()
+    assert same(BertModel.from_pretrained(folder).state_dict(), whole)
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    for broken in ("[]", "{}", "{", '{"weight_map": {"a": "../model.safetensors"}}',
+                   '{"weight_map": {"a": 1}}', '{"weight_map": ["a"]}'):
+        index.write_text(broken)
+        raises(InputError, str(index), BertModel.from_pretrained, folder)
+    index.write_text(json.dumps(listed))
+    tensors = load_file(shards[0])
+    save_file({**tensors, **load_file(shards[1])}, shards[0])
+    raises(InputError, "is in two of its files", BertModel.from_pretrained, folder)
+    save_file(tensors, shards[0])
+    shards[1].write_bytes(shards[1].read_bytes()[:-10])
+    raises(InputError, f"{shards[1]}: cannot be read", BertModel.from_pretrained, folder)
+    shards[1].unlink()
+    raises(InputError, f"{shards[1].name}, which holds", BertModel.from_pretrained, folder)
+
+
+def test_integer_weights_and_decoders_are_rejected_by_name():
+    folder = copy_of_tiny()
+    tensors = load_file(folder / "model.safetensors")
+    for name, dtype in (("encoder.layer.0.output.dense.weight", torch.int8),
+                        ("embeddings.LayerNorm.bias", torch.int64),
+                        ("pooler.dense.bias", torch.bool)):
+        save_file({**tensors, name: tensors[name].to(dtype)}, folder / "model.safetensors")
+        raises(InputError, f"{name} holds {dtype}", BertModel.from_pretrained, folder)
+    # a tensor that is not used may hold what it likes
+    save_file({**tensors, "cls.counts": torch.ones(2).long()}, folder / "model.safetensors")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        BertModel.from_pretrained(folder)
+    assert "left unused: cls.counts" in said.getvalue()
+    status, said, taken = run("--tasks", "sst", steps=1)
+    assert status == 0, said
+    head = load_file(taken / "model.safetensors")
+    name = "heads.sst.linear.weight"
+    save_file({**head, name: head[name].to(torch.int32)}, taken / "model.safetensors")
+    raises(InputError, f"{name} holds torch.int32", MultitaskBERT.load, taken)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "is_decoder": True}))
+    raises(InputError, "is_decoder is True", BertModel.from_pretrained, folder)
+    (folder / "config.json").write_text(json.dumps({**fields, "is_decoder": False}))
+    BertConfig.from_folder(folder)
 
 
 def test_transformers_opens_what_a_run_saves():
@@ -1264,6 +1362,154 @@ def test_tokens_are_berts_and_are_cut_aloud():
     assert collate(examples, np.array([0, 1])).input_ids.shape[0] == 4
 
 
+def vocabulary_folder(words, config=None, normalizer=None):
+    """A folder with a vocabulary, in tokenizer.json if there is a normalizer, and its settings."""
+    folder = Path(tempfile.mkdtemp(dir=workspace()))
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    if normalizer is not None:
+        as_tokenizer_json(folder, normalizer)
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_token_ids_equal_those_of_transformers_under_each_setting():
+    """sanity_check_tokens.json holds 40 strings of ten languages, 6 settings, and the ids that
+    transformers.BertTokenizer gave them, with its version and the call."""
+    stored = json.loads((HERE / "sanity_check_tokens.json").read_text(encoding="utf-8"))
+    words = " ".join(stored["vocabulary"]).split()
+    assert len(stored["strings"]) == 40 and len(stored["settings"]) == len(stored["ids"]) == 6
+    assert len({str(ids) for ids in stored["ids"]}) == 6, "each setting has an effect"
+    for settings, ids in zip(stored["settings"], stored["ids"]):
+        in_normalizer = {"lowercase": settings.get("do_lower_case", True),
+                         "strip_accents": settings.get("strip_accents"),
+                         "handle_chinese_chars": settings.get("tokenize_chinese_chars", True)}
+        for folder in (vocabulary_folder(words, settings),
+                       vocabulary_folder(words, normalizer=in_normalizer),
+                       vocabulary_folder(words, settings, in_normalizer)):
+            tokenizer = load_tokenizer(folder)
+            encodings = tokenizer.encode_batch(stored["strings"], add_special_tokens=False)
+            assert [encoding.ids for encoding in encodings] == ids, (settings, folder)
+        try:
+            from transformers import BertTokenizer
+        except ImportError:
+            continue
+        peer = BertTokenizer.from_pretrained(vocabulary_folder(words, settings))
+        assert peer(stored["strings"], add_special_tokens=False).input_ids == ids
+
+
+def test_settings_are_followed_or_rejected_by_name():
+    words = [*tasks.SPECIAL, "film", "##s", "a"]
+    for config, part in (
+            ({"do_lower_case": None}, "do_lower_case is null, and can be true or false only"),
+            ({"do_lower_case": "false"}, 'do_lower_case is "false", and can be true or false only'),
+            ({"do_lower_case": 0}, "do_lower_case is 0"),
+            ({"strip_accents": "no"}, 'strip_accents is "no"'),
+            ({"strip_accents": 1}, "strip_accents is 1, and can be true or false or null only"),
+            ({"tokenize_chinese_chars": None}, "tokenize_chinese_chars is null"),
+            ({"tokenizer_class": "BertJapaneseTokenizer"}, 'tokenizer_class is "BertJapanese'),
+            ({"do_basic_tokenize": False}, "do_basic_tokenize is false"),
+            ({"never_split": ["film"]}, 'never_split is ["film"]'),
+            ({"unk_token": "<unk>"}, 'unk_token is "<unk>"'),
+            ({"cls_token": {"content": "<s>", "lstrip": False}}, 'cls_token is "<s>"'),
+            ({"added_tokens_decoder": {"9": {"content": "<user>"}}}, 'adds "<user>" to the word'),
+            ([], "cannot be read as a JSON object")):
+        raises(InputError, "tokenizer_config.json: " + part, load_tokenizer,
+               vocabulary_folder(words, config))
+    kept = {"do_lower_case": True, "strip_accents": None, "never_split": None,
+            "do_basic_tokenize": True, "tokenizer_class": "BertTokenizer", "model_max_length": 8,
+            "cls_token": {"content": "[CLS]", "lstrip": False},
+            "added_tokens_decoder": {"4": {"content": "[MASK]"}}}
+    assert load_tokenizer(vocabulary_folder(words, kept)).encode("Films").ids == [2, 5, 6, 3]
+
+    folder = vocabulary_folder(words, normalizer={"lowercase": False})
+    path = folder / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    added = {**fields["added_tokens"][0], "id": 8, "content": "<user>"}
+    normalizer, model = fields["normalizer"], fields["model"]
+    for change, part in (
+            ({"normalizer": None}, "no normalizer in it"),
+            ({"normalizer": {"type": "Lowercase"}}, 'normalizer: type is "Lowercase"'),
+            ({"normalizer": {**normalizer, "clean_text": False}}, "clean_text is false"),
+            ({"normalizer": {**normalizer, "lowercase": "yes"}}, 'lowercase is "yes"'),
+            ({"pre_tokenizer": {"type": "Whitespace"}}, 'pre_tokenizer: type is "Whitespace"'),
+            ({"model": {**model, "type": "Unigram"}}, 'model: type is "Unigram"'),
+            ({"model": {**model, "continuing_subword_prefix": "@"}}, 'subword_prefix is "@"'),
+            ({"model": {**model, "vocab": {"[CLS]": -1}}}, "not word pieces with an id each"),
+            ({"model": {**model, "vocab": {"[CLS]": 0, "a": 0}}}, "not word pieces with an id"),
+            ({"model": {**model, "vocab": [["a", 0.5]]}}, "not word pieces with an id each"),
+            ({"model": {**model, "vocab": {"[CLS]": 0}}}, "no [SEP] in the vocabulary"),
+            ({"added_tokens": [*fields["added_tokens"], added]}, 'adds "<user>"')):
+        path.write_text(json.dumps({**fields, **change}))
+        raises(InputError, part, load_tokenizer, folder)
+    path.write_text(json.dumps(fields))
+    assert load_tokenizer(folder).encode("Film film").ids == [2, 1, 5, 3]
+    # where the two differ, transformers follow tokenizer_config.json
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert load_tokenizer(folder).encode("Film film").ids == [2, 5, 5, 3]
+    assert "lowercase is false, and do_lower_case in tokenizer_config.json is" in said.getvalue()
+
+
+def test_a_cased_vocabulary_without_a_setting_is_warned_about():
+    cased, uncased = ([*tasks.SPECIAL, "[unused1]", "##S", *words] for words in
+                      (("Haus", "haus"), ("haus", "\u00df")))
+    for words, config, normalizer, warned in (
+            (cased, None, None, True), (cased, {"strip_accents": False}, None, True),
+            (cased, {"do_lower_case": True}, None, False),
+            (cased, {"do_lower_case": False}, None, False),
+            (cased, None, {"lowercase": False}, False), (uncased, None, None, False)):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            load_tokenizer(vocabulary_folder(words, config, normalizer))
+        said = said.getvalue()
+        assert ("words with capitals (Haus), but do_lower_case is not set" in said) == warned, said
+        assert warned or said == "", said
+
+
+def test_an_encoder_must_fit_its_vocabulary_and_its_task():
+    """In training, prediction and pretraining alike; the tiny vocabulary has 500 word pieces."""
+    def fails(part, status_said_folder):
+        assert status_said_folder[0] == 2 and part in status_said_folder[1], status_said_folder[1]
+        assert "Traceback" not in status_said_folder[1]
+
+    few_words, one_type = copy_of_tiny(vocab_size=499), copy_of_tiny(type_vocab_size=1)
+    fails("499 word embeddings", run("--model", few_words))
+    fails("499 word embeddings", mlm("--model", few_words))
+    fails("499 word embeddings", mlm("--model", few_words, "--fill", "a [MASK]"))
+    fails("one token type", run("--model", one_type, "--pair_head", "cross"))
+    fails("one token type", mlm("--model", one_type))
+    for positions, pairs in ((4, True), (2, False)):
+        small = copy_of_tiny(max_position_embeddings=positions)
+        part = f"{positions} positions (max_position_embeddings), too few for [CLS] a [SEP]"
+        head = ["--pair_head", "cross"] if pairs else ["--tasks", "sst"]
+        fails(part, run("--model", small, *head))
+        fails(part, mlm("--model", small, "--tasks", "sts" if pairs else "sst"))
+    fails("2 positions", mlm("--model", small, "--fill", "[MASK]"))
+
+    # what needs less asks for less
+    for folder, flags in ((one_type, ["--pair_head", "uv"]),
+                          (copy_of_tiny(max_position_embeddings=3), ["--pair_head", "uv"]),
+                          (copy_of_tiny(max_position_embeddings=5), ["--pair_head", "cross"])):
+        status, said, _ = run("--model", folder, *flags, steps=1)
+        assert status == 0, said
+    for flags in (["--fill", "a [MASK]"], ["--tasks", "sst", "--epochs", 1, "--epoch_length", 1]):
+        status, said, _ = mlm("--model", one_type, *flags)
+        assert status == 0, said
+
+    # a run whose folder was changed afterwards
+    status, said, folder = run("--tasks", "sts", "--pair_head", "cross", steps=1)
+    assert status == 0, said
+    for change in ({"vocab_size": 499}, {"type_vocab_size": 1}, {"max_position_embeddings": 4}):
+        changed = shutil.copytree(folder, folder.with_name(f"{folder.name}-{next(iter(change))}"))
+        smaller = BertModel(dataclasses.replace(TINY, **change)).state_dict()
+        tensors = load_file(folder / "model.safetensors")
+        tensors.update({f"bert.{published_name(name)}": x for name, x in smaller.items()})
+        save_file(tensors, changed / "model.safetensors")
+        fields = json.loads((folder / "config.json").read_text())
+        (changed / "config.json").write_text(json.dumps({**fields, **change}))
+        raises(InputError, next(iter(change)), MultitaskBERT.load, changed)
+
+
 def test_evaluation_batches_hold_every_row_once():
     _, examples = three_task_model()
     for tokens in (1, 50, 10 ** 6):
@@ -1648,6 +1894,76 @@ def finish(processes):
         for process in processes:
             process.kill()
     return [(process.returncode, text) for process, text in zip(processes, said)]
+
+
+def test_folders_of_current_libraries_train_to_the_same_bits():
+    """transformers 5 and sentence-transformers 6 leave tokenizer.json and no vocab.txt, and large
+    weights in shards. A run from such a folder is that from vocab.txt, and so is one from it."""
+    plain, current = copy_of_tiny(), copy_of_tiny()
+    for folder in (plain, current):  # a cased vocabulary with accents
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()[:-2]
+        (folder / "vocab.txt").write_text("\n".join([*lines, "A", "caf\u00e9"]) + "\n",
+                                          encoding="utf-8")
+    (plain / "tokenizer_config.json").write_text(
+        '{"do_lower_case": false, "strip_accents": false}')
+    as_tokenizer_json(current, {"lowercase": False, "strip_accents": False}, max_length=8)
+    shard(current)
+    (current / "modules.json").write_text("[]")
+    (_, _, of_plain), (status, said, folder) = run("--model", plain), run("--model", current)
+    assert status == 0, said
+    assert same(*(load_file(path / "model.safetensors") for path in (of_plain, folder)))
+    left = WordPiece.read_file(str(folder / "vocab.txt"))
+    left.pop("", None)  # for the first of a word that is in the tiny vocabulary twice
+    assert left == WordPiece.read_file(str(plain / "vocab.txt"))
+    assert same(*(trained("--model", path, steps=1) for path in (of_plain, folder)))
+    text = "A caf\u00e9 film."
+    ids = [load_tokenizer(path).encode(text).ids for path in (plain, current, folder)]
+    assert ids[0] == ids[1] == ids[2]
+    assert MultitaskBERT.load(folder).tokenizer.encode(text).ids == ids[0]
+    status, said, pretrained = mlm("--model", current, "--epochs", 1, "--epoch_length", 1)
+    assert status == 0 and load_tokenizer(pretrained).encode(text).ids == ids[0], said
+
+    # ids without a word, and words that no text matches, leave the ids of the others as they are
+    path, folder = current / "tokenizer.json", current.with_name("gaps")
+    fields = json.loads(path.read_text())
+    fields["model"]["vocab"] = {"[CLS]": 1, "[SEP]": 3, "[UNK]": 4, "a": 7, "b c": 8, "d\n": 5,
+                                "e": 9}
+    path.write_text(json.dumps({**fields, "added_tokens": []}))
+    BertModel(TINY).save_pretrained(folder, current)
+    (folder / "tokenizer.json").unlink()
+    assert load_tokenizer(folder).encode("a b c d e").ids == [1, 7, 4, 4, 4, 9, 3]
+
+
+def test_the_hubs_cache_gives_folders_of_current_libraries():
+    cache = Path(tempfile.mkdtemp(dir=workspace()))
+    for name, change in (("whole", Path.exists), ("json", as_tokenizer_json), ("shards", shard)):
+        snapshot = cache / f"models--owner--{name}" / "snapshots" / ("0" * 40)
+        shutil.copytree(workspace() / "tiny", snapshot)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+        change(snapshot)
+    asked = []
+
+    def snapshot_download(name, **kwargs):  # the hub's client, without the network
+        asked.append((kwargs["allow_patterns"], kwargs["local_files_only"]))
+        return original(name, **{**kwargs, "local_files_only": True, "cache_dir": cache})
+
+    original = huggingface_hub.snapshot_download
+    vocabulary = load_tokenizer(workspace() / "tiny").get_vocab()
+    with mock.patch.object(huggingface_hub, "snapshot_download", snapshot_download):
+        for name in ("whole", "json", "shards"):
+            folder = fetch_encoder(f"owner/{name}")
+            assert same(BertModel.from_pretrained(folder).state_dict(),
+                        BertModel.from_pretrained(workspace() / "tiny").state_dict())
+            assert load_tokenizer(folder).get_vocab() == vocabulary
+        assert len(asked) == 3 and all(offline for _, offline in asked)
+        wanted = asked[0][0]
+        for file in ("tokenizer.json", "vocab.txt", "model-00001-of-00002.safetensors",
+                     "model.safetensors.index.json"):
+            assert any(fnmatch.fnmatch(file, pattern) for pattern in wanted), file
+        (folder / "model-00002-of-00003.safetensors").unlink()  # a download that was broken off
+        raises(InputError, "no weights or no vocabulary in it", fetch_encoder, "owner/shards")
+        assert asked[-1][1] is False
 
 
 def test_the_demo_is_used_aloud_and_only_where_nothing_was_asked_for():
@@ -2381,7 +2697,7 @@ def test_bad_input_gives_one_line_and_status_2():
         (["--sts_dev", str(files / "six.csv")], "similarity 6 is outside 0..5"),
         (["--model", str(encoders / "no-vocab")], "vocab.txt"),
         (["--model", str(encoders / "other-vocab")], "no [CLS] in the vocabulary"),
-        (["--model", str(encoders / "long-vocab")], "too few for its vocab.txt"),
+        (["--model", str(encoders / "long-vocab")], "too few for its vocabulary of "),
         (["--model", str(encoders / "no-weights")], "neither model.safetensors nor pytorch_model.bin"),
         (["--model", str(encoders / "cut-weights")], "is damaged"),
         (["--model", str(encoders / "flipped-weights")], "is damaged"),
@@ -2770,6 +3086,44 @@ def test_pretraining_goes_on_from_its_own_head():
     logits, _ = model(ids, mask, types, torch.tensor([[1] + [0] * 29] * 3).bool())
     expected = peer(ids, mask, types).logits[:, 0][torch.tensor([2, 0, 1])]  # packed order: by length
     assert (logits - expected).abs().max() < 1e-5
+
+
+def test_fill_cuts_a_long_sentence_as_training_does():
+    short = "a " * 40 + "[MASK] film"
+    status, said, _ = mlm("--fill", short, short + " of" * 40)
+    assert status == 0 and said.count("cut 1 of 1 rows to 64 tokens") == 1, said
+    tokenizer = load_tokenizer(workspace() / "tiny")
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = pretrain_mlm.MaskedLM.from_pretrained(workspace() / "tiny")
+        # beyond the 62 tokens that are read, the sentence has no effect
+        long, longer = (pretrain_mlm.fill(model, tokenizer, short + " a" * n) for n in (20, 80))
+    assert long == longer and len(long) == 1 and len(long[0]) == 5
+    status, said, _ = mlm("--fill", "a " * 61 + "[MASK] a")  # the last that is read before [SEP]
+    assert status == 0 and "cut 1 of 1 rows" in said, said
+    for sentence in ("a " * 62 + "[MASK]", "[MASK] " + "a " * 70 + "[MASK]"):
+        status, said, _ = mlm("--fill", sentence)
+        assert status == 2 and "Traceback" not in said and "cut 1 of 1 rows" not in said
+        assert "a [MASK] is cut away, since the encoder reads 64 tokens" in said, said
+
+
+def test_a_masked_lm_head_of_2018_is_used_and_not_reported_as_unused():
+    _, _, folder = mlm("--epochs", 1, "--epoch_length", 2, "--lr", 1e-2)
+    old = shutil.copytree(folder, folder.with_name(folder.name + "-2018"))
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): x
+               for name, x in tensors.items()}
+    assert "cls.predictions.transform.LayerNorm.gamma" in renamed
+    embeddings = tensors["bert.embeddings.word_embeddings.weight"]
+    renamed["cls.predictions.decoder.weight"] = embeddings.clone()
+    save_file({**renamed, "cls.seq_relationship.bias": torch.zeros(2)}, old / "model.safetensors")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert same(*(pretrain_mlm.MaskedLM.from_pretrained(path).state_dict()
+                      for path in (folder, old)))
+    said, = said.getvalue().splitlines()
+    assert said.endswith("left unused: cls.seq_relationship.bias"), said
+    name = "cls.predictions.transform.dense.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, old / "model.safetensors")
+    raises(InputError, f"{name} holds torch.int8", pretrain_mlm.MaskedLM.from_pretrained, old)
 
 
 def test_pretraining_goes_on_where_it_was_killed():

