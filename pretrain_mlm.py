@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 from attention import Linear
 from bert import BertModel, read_checkpoint
-from checkpoint import Interruption, Meter, Run, RunFailed, autocast, exit_status, get_device
+from checkpoint import (Interruption, Meter, Run, RunFailed, autocast, exit_status, get_device,
+                        process_environment)
 from curves import plot_losses
 from data.batches import Stream, collate, evaluation_batches, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder
 from data.tasks import TASKS, Examples, data_digest, load_tokenizer, locate, read_examples, task_names, tokenize
-from flags import Parser, number, resumed
+from flags import Parser, number, resumed, sentence, start_folder
 from optimizer import AdamW, learning_rate, parameter_groups
 
 SHARE = 0.15  # of a sequence's tokens are predicted
@@ -264,7 +265,7 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder, interrup
                 run.log("step", epoch=epoch + 1, step=done, **means, lr=optimizer.param_groups[0]["lr"], **speed)
             if done % steps_per_epoch and (interruption.asked or run.due(args.save_every)):
                 run.save(state())
-                interruption.check(run.folder)
+                interruption.check(run)
         loss = evaluate(model, held_out, vocabulary, args)
         improved = loss < best
         best = min(best, loss)
@@ -277,7 +278,7 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder, interrup
             model.save_pretrained(run.folder, encoder_folder)
         plot_losses(run.folder)
         run.save(now)
-        interruption.check(run.folder)
+        interruption.check(run)
 
 
 @torch.no_grad()
@@ -318,15 +319,20 @@ def get_parser():
     parser.add_argument("--resume", default=None, metavar="FOLDER", help="go on with a run that was stopped or killed")
     parser.add_argument("--save_every", type=number(float, 0), default=5.0, metavar="MINUTES",
                         help="how often the state to go on from is saved; after each epoch it always is")
-    parser.add_argument("--fill", nargs="+", metavar="SENTENCE", help="no training: fill the [MASK]s of these sentences")
+    parser.add_argument("--fill", nargs="+", type=sentence, metavar="SENTENCE",
+                        help="no training: fill the [MASK]s of these sentences")
     return parser
 
 
 def resolve(argv):
-    args, args_of_run = get_parser().parse_args(argv), resumed(resolve, argv, "--out")
-    if args_of_run:
-        return args_of_run
-    args.argv, args.folder = argv, os.getcwd()  # for --resume
+    args = get_parser().parse_args(argv)
+    if args.resume is not None:
+        return resumed(get_parser, complete, argv, "--out")
+    args.argv, args.folder = argv, start_folder()
+    return complete(args)
+
+
+def complete(args):
     if not args.fill and not args.out:
         raise InputError("give --out FOLDER to train, or --fill SENTENCE")
     args.tasks = [] if args.text and args.tasks is None else task_names(args.tasks or "sst,para,sts")
@@ -335,9 +341,8 @@ def resolve(argv):
 
 def main(argv=None):
     args = resolve(sys.argv[1:] if argv is None else list(argv))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if process_environment()[2] > 1:
         raise InputError("pretraining runs as one process; leave out torchrun")
-    os.chdir(args.folder)  # of a run that goes on: its relative paths start there
     device = get_device(args.use_gpu, args.amp)
     encoder_folder = fetch_encoder(args.model)
     tokenizer = load_tokenizer(encoder_folder)

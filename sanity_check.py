@@ -56,6 +56,7 @@ from data.download import DEFAULT_ENCODER, InputError, cache_folder, fetch_encod
 from data.tasks import TASKS, load_tokenizer, read_examples, tokenize
 from multitask_classifier import MultitaskBERT
 from optimizer import CHUNK, AdamW, learning_rate
+from support import predict
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE / "data" / "demo"
@@ -2195,7 +2196,6 @@ def test_bad_input_gives_one_line_and_status_2():
         (["--pcgrad", "--schedule", "mtdnn"], "a step has one task"),
         (["--init_from", str(root / "tiny")], "not a run of this script"),
         (["--init_from", str(taken), "--pair_head", "uv"], "is of another shape"),
-        (["--input", "x"], "--input: only with --predict"),
         (["--save_every", "-1"], "argument --save_every"),
         (["--resume", str(root / "tiny")], "no run to go on with"),
         (["--sst_train", str(root)], "no such file"),
@@ -2437,46 +2437,217 @@ def test_a_full_disk_leaves_the_last_good_checkpoint():
     assert quietly(multitask_classifier.main, *flags, "--name", whole)[0] == 0 and equal(whole, folder)
 
 
-def test_a_run_answers():
+@functools.cache
+def queried():
+    """(folder, model) of a short run of the three tasks."""
     status, said, folder = run("--pair_head", "para=cross,sts=cosine")
     assert status == 0, said
-    model = MultitaskBERT.load(folder)
-    first, second = "A quiet film.", "A loud film \U0001f3ac \u05e9\u05dc\u05d5\u05dd"
-    made = evaluation.answers(model, [(first,), (first, second), (second,), ("word " * 30000,)])
+    return folder, MultitaskBERT.load(folder)
+
+
+FIRST, SECOND = "A quiet film.", "A loud film \U0001f3ac \u05e9\u05dc\u05d5\u05dd"
+
+
+def test_a_trained_model_is_queried():
+    folder, model = queried()
+    made = predict.predict_sentences(model, [(FIRST,), (FIRST, SECOND), [SECOND], ("word " * 30000,)])
     assert [sorted(answer) for answer in made] == [["sst"], ["para", "sst", "sts"], ["sst"], ["sst"]]
-    assert all(abs(sum(answer["sst"]) - 1) < 1e-3 for answer in made) and made[0]["sst"] == made[1]["sst"]
+    assert all(abs(sum(answer["sst"]) - 1) < 1e-3 for answer in made)
+    assert made[0]["sst"] == made[1]["sst"]
     assert 0 <= made[1]["para"] <= 1 and 0 <= made[1]["sts"] <= 5
 
     def answered(*flags):
-        status, said = quietly(multitask_classifier.main, "--predict", *flags)
+        status, said = quietly(predict.main, *flags)
         assert "Traceback" not in said
         return status, said
 
-    status, said = answered(folder, first, second)
-    assert status == 0 and json.loads(said) == {"text": [first, second], **made[1]}
+    # from the command line, a file and standard input
+    status, said = answered(folder, FIRST, SECOND)
+    assert status == 0 and json.loads(said) == {"text": [FIRST, SECOND], **made[1]}
     path = workspace() / "input.txt"
-    path.write_bytes(f"\ufeff{first}\t{second}\r\n{second}".encode())
+    path.write_bytes(f"\ufeff{FIRST}\t{SECOND}\r\n{SECOND}".encode())
     status, said = answered(folder, "--input", path)
     assert [json.loads(line)["sst"] for line in said.splitlines()] == [made[1]["sst"], made[2]["sst"]], said
-    with mock.patch.object(sys, "stdin", mock.Mock(buffer=io.BytesIO(first.encode()))):
+    with mock.patch.object(sys, "stdin", mock.Mock(buffer=io.BytesIO(FIRST.encode()))):
         assert json.loads(answered(folder, "--input", "-")[1])["sst"] == made[0]["sst"]
+
+    # a file's faults, with their line
     for content, part in ((b"good\n\nbad", "line 2: a sentence is empty"), (b"a\tb\tc", "line 1: 3 sentences"),
                           (b"good\nb\xff", "line 2: byte 0xff"), (b"", "no line of text"), (b"a\0b", "a NUL byte")):
         path.write_bytes(content)
         status, said = answered(folder, "--input", path)
         assert status == 2 and part in said, said
-    path.write_text("one \u2028 line\x0c\nand another")
+    path.write_text("one \u2028 line\x0c\nand another", encoding="utf-8")
     assert answered(folder, "--input", path)[1].count("\n") == 2
-    status, said = quietly(multitask_classifier.main, "--predict", folder, "word " * 3000)
+
+    status, said = answered(folder, "word " * 3000)
     assert json.loads(said.splitlines()[-1])["sst"] and "cut 1 of 1 rows" in said
     pairs = run("--tasks", "para")[2]
-    for flags, part in (((folder, "a", "--lr", "1"), "leave out --lr"), ((folder, "a", "--resume", folder), "leave out --resume"),
-                        ((pairs, "a"), "knows pairs alone"), ((folder, "--input", ""), "cannot be read"),
-                        ((folder,), "give one or two sentences"), ((folder, "a", "--input", path), "give one or two"),
+    for flags, part in (((pairs, "a"), "knows pairs alone"), ((folder, "--input", ""), "cannot be read"),
+                        ((folder,), "give one or two sentences"), ((), "give the folder of a run"),
+                        ((folder, "a", "--input", path), "give one or two"),
                         ((folder, "a", "b", "c"), "3 sentences"), ((workspace() / "tiny", "a"), "not a run"),
-                        ((folder, " "), "a sentence is empty"), ((folder, "--input", "/nowhere"), "cannot be read")):
+                        ((folder, " "), "a sentence is empty"), ((folder, "--input", "/nowhere"), "cannot be read"),
+                        ((folder, "--input", "a\0b"), "cannot be read")):
         status, said = answered(*flags)
         assert status == 2 and part in said, said
+
+
+def test_python_input_is_validated_as_terminal_input_is():
+    _, model = queried()
+    for bad, part in ((FIRST, "not of type str"), (("a", "b", "c"), "3 sentences"), ((), "0 sentences"),
+                      (None, "not of type NoneType"), (math.nan, "not of type float"),
+                      (b"bytes", "not of type bytes"), ({"a": "b"}, "not of type dict"),
+                      (("a", None), "not of type NoneType"), ((math.nan,), "not of type float"),
+                      ((b"bytes", "a"), "not of type bytes"), ((("a",),), "not of type tuple"),
+                      (("a", " \t"), "is empty"), (("a\0",), "holds a NUL byte"),
+                      (("caf\udce9",), "is not valid text")):
+        raises(InputError, "rows[2]: ", predict.predict_sentences, model, [("a",), ("a", "b"), bad])
+        raises(InputError, part, predict.predict_sentences, model, [("a",), ("a", "b"), bad])
+    for rows in (FIRST, b"bytes", None, math.nan, 3, np.array(1.0)):
+        raises(InputError, "the rows are not a list of tuples", predict.predict_sentences, model, rows)
+    raises(InputError, "rows[0]: a row is a tuple", predict.predict_sentences, model, {FIRST: SECOND})
+    alone = MultitaskBERT.load(run("--tasks", "para,sts")[2])
+    raises(InputError, "rows[1]: this run knows pairs alone", predict.predict_sentences, alone,
+           [(FIRST, SECOND), (FIRST,)])
+    assert predict.predict_sentences(model, []) == []
+
+
+def test_a_sentence_is_never_parsed_as_a_flag():
+    folder, _ = queried()
+    path = workspace() / "--dashes.txt"
+    path.write_text(f"{FIRST}\n--really?\n", encoding="utf-8")
+    lines = [[FIRST], ["--really?"]]
+    with contextlib.chdir(path.parent):
+        for words, texts in (
+                ([folder, "-5 out of 10"], [["-5 out of 10"]]), ([folder, "--really?"], [["--really?"]]),
+                ([folder, "-5", "-h?"], [["-5", "-h?"]]), ([folder, "--use_gpus", "-"], [["--use_gpus", "-"]]),
+                ([folder, "a=b", "--a=b"], [["a=b", "--a=b"]]), (["--", folder, "--help"], [["--help"]]),
+                ([folder, "--", "--input", "--"], [["--input", "--"]]), ([folder, "@x"], [["@x"]]),
+                ([folder, "--input", path], lines), ([folder, f"--input={path}"], lines),
+                (["--input", path, folder], lines), ([folder, "--input", path.name], lines),
+                ([f"--input={path.name}", "--", folder], lines)):
+            status, said = quietly(predict.main, *words)
+            assert status == 0, said
+            assert [json.loads(line)["text"] for line in said.splitlines()] == texts, (words, said)
+    for words, part in (([folder, "--input"], "expected one argument"), ([folder, "--use_gpu=1", "a"], "--use_gpu")):
+        status, said = quietly(predict.main, *words)
+        assert status == 2 and part in said and said.count("\n") == 1, said
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            predict.main(["--help"])
+        except SystemExit as end:
+            assert end.code == 0
+    assert "Only the flags above are flags" in " ".join(said.getvalue().split())
+
+
+def printed(encoding, main, *flags, terminal=False):
+    """(exit status, the bytes on standard output, those on standard error) of a strict encoding."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    streams[0].isatty = lambda: terminal
+    with mock.patch.multiple(sys, stdout=streams[0], stderr=streams[1]):
+        status = exit_status(main, list(map(str, flags)))
+        for stream in streams:
+            stream.flush()
+    return status, *(stream.buffer.getvalue() for stream in streams)
+
+
+def test_any_stream_can_be_printed_to():
+    folder, model = queried()
+    answer = {"text": [FIRST, SECOND], **predict.predict_sentences(model, [(FIRST, SECOND)])[0]}
+    for encoding in ("ascii", "cp1252", "utf-16", "utf-8"):
+        status, out, _ = printed(encoding, predict.main, folder, FIRST, SECOND)
+        assert status == 0 and json.loads(out.decode(encoding)) == answer
+        out.decode("ascii") if encoding != "utf-16" else None
+        status, out, _ = printed(encoding, predict.main, folder, SECOND, terminal=True)
+        assert status == 0 and b"sentiment" in out.replace(b"\0", b"") and b"film" in out.replace(b"\0", b"")
+        status, _, said = printed(encoding, predict.main, folder, "caf\udce9 \u2603")
+        assert status == 2 and b"is not valid text" in said.replace(b"\0", b"")
+
+    # the training scripts' own words
+    root = workspace()
+    common = ["--model", root / "tiny", "--data_dir", root / "data", "--epochs", 1, "--epoch_length", 1]
+    for main, flags in ((multitask_classifier.main, [*common, "--name"]), (pretrain_mlm.main, [*common, "--out"])):
+        status, out, _ = printed("ascii", main, *flags, root / "runs" / f"\u05e9\u05dc-{main.__module__}")
+        assert status == 0 and b"\\u05e9\\u05dc" in out.splitlines()[-1], out
+    status, out, _ = printed("cp1252", pretrain_mlm.main, "--model", root / "tiny", "--fill", "a \u2603 [MASK]")
+    assert status == 0 and b"\\u2603" in out
+    status, _, said = printed("ascii", pretrain_mlm.main, "--model", root / "tiny", "--fill", "\udce9 [MASK]")
+    assert status == 2 and b"is not valid text" in said, said
+
+
+def test_closed_streams_end_in_no_traceback():
+    folder, _ = queried()
+    with mock.patch.object(sys, "stdin", None):
+        status, said = quietly(predict.main, folder, "--input", "-")
+    assert status == 2 and said.count("\n") == 1 and "standard input: is closed" in said
+
+    # as Python finds them after >&- 2>&-
+    with mock.patch.multiple(sys, stdout=None, stderr=None):
+        statuses = [exit_status(predict.main, [str(folder), text]) for text in (FIRST, " ")]
+        statuses.append(exit_status(pretrain_mlm.main, ["--model", str(workspace() / "tiny"), "--fill", "[MASK]"]))
+    assert statuses == [0, 2, 0]
+
+    # a reader that is gone, and a full disk; the interpreter's own flush at its end must succeed
+    for name in ("broken pipe", "full disk"):
+        if name == "broken pipe":
+            reader, writer = os.pipe()
+            os.close(reader)
+        else:
+            writer = os.open("/dev/full", os.O_WRONLY)
+        with open(writer, "w") as out, contextlib.redirect_stderr(io.StringIO()) as said:
+            with mock.patch.object(sys, "stdout", out):
+                status = exit_status(predict.main, [str(folder), FIRST])
+            out.flush()
+        said = [line for line in said.getvalue().splitlines() if "unused" not in line]
+        assert status == 1 and len(said) == 1 and said[0].startswith("sanity_check.py: ") or "pytest" in said[0], said
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+def test_under_torchrun_the_first_process_alone_answers():
+    folder, _ = queried()
+    for rank, lines in (("0", 1), ("1", 0)):
+        with mock.patch.dict(os.environ, {**TORCHRUN, "RANK": rank, "LOCAL_RANK": rank}):
+            status, said = quietly(predict.main, folder, FIRST)
+            assert status == 0 and said.count("\n") == lines, said
+            status, said = quietly(predict.main, folder, " ")
+            assert (status == 2) == bool(lines) and said.count("\n") == lines, "an error is printed once, too"
+
+
+def test_half_set_environments_are_rejected():
+    folder, _ = queried()
+    root = workspace()
+    scripts = ((predict.main, (folder, FIRST)),
+               (multitask_classifier.main, ("--model", root / "tiny", "--data_dir", root / "data")),
+               (pretrain_mlm.main, ("--model", root / "tiny", "--data_dir", root / "data", "--out", root / "none")))
+    table = [(name, value) for name in TORCHRUN for value in (None, "")]
+    table += [(name, value) for name in TORCHRUN if name != "MASTER_ADDR" for value in ("two", "-1", "1.5", "9" * 5000)
+              if (name, value[:1]) != ("LOCAL_RANK", "9")]
+    for name, value in [*table, ("WORLD_SIZE", "0"), ("RANK", "2")]:
+        setting = {**TORCHRUN, name: value} if value is not None else {
+            key: value for key, value in TORCHRUN.items() if key != name}
+        with mock.patch.dict(os.environ):
+            for key in TORCHRUN:
+                os.environ.pop(key, None)
+            os.environ.update(setting)
+            for main, flags in scripts:
+                status, said = quietly(main, *flags)
+                assert status == 2 and said.count("\n") == 1 and f"variable {name} is" in said, (name, value, said)
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "1"}):  # alone: it needs no other
+        assert quietly(predict.main, folder, FIRST)[0] == 0
+
+    # no home directory, and no entry in passwd
+    with mock.patch.dict(os.environ), mock.patch("pwd.getpwuid", side_effect=KeyError):
+        for name in ("HOME", "XDG_CACHE_HOME"):
+            os.environ.pop(name, None)
+        for main, flags in ((multitask_classifier.main, ("--data_dir", root / "data")),
+                            (pretrain_mlm.main, ("--fill", "[MASK]"))):
+            status, said = quietly(main, *flags)
+            assert status == 2 and said.count("\n") == 1 and "XDG_CACHE_HOME" in said, said
+        os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+        assert cache_folder() == root / "cache" / "multitask-bert"
 
 
 # ---------------------------------------------------------------- pretrain_mlm.py
