@@ -198,7 +198,7 @@ def process_environment():
 
 
 def wrong_environment(name):
-    found = repr(os.environ[name]) if name in os.environ else "not set"
+    found = repr(os.environ[name][:40]) if name in os.environ else "not set"
     return InputError(f"the environment variable {name} is {found}: start several processes with "
                       "torchrun, which sets all it takes; for one, unset WORLD_SIZE and RANK")
 

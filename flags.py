@@ -125,11 +125,13 @@ def for_each(value, tasks, flag):
     return {name: value[name] for name in tasks}
 
 
-def start_folder():
-    """Where a run is started, for --resume: relative to the project where it is inside, so that the
-    project can be moved."""
+def note_start(args, argv):
+    """Keep among the flags what --resume needs of a new run: how and where it was started."""
     folder = Path.cwd()
-    return os.path.relpath(folder, HERE) if folder.is_relative_to(HERE) else str(folder)
+    # relative to the project where it is inside, so that the project can be moved
+    inside = folder.is_relative_to(HERE)
+    args.argv, args.folder = argv, os.path.relpath(folder, HERE) if inside else str(folder)
+    args.model_is_folder = args.model is not None and Path(args.model).is_dir()
 
 
 def resumed(get_parser, complete, argv, folder_flag):
@@ -150,14 +152,14 @@ def resumed(get_parser, complete, argv, folder_flag):
     try:
         saved = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
         of_run = [*map(str, saved["argv"]), folder_flag, str(Path(folder).absolute())]
-        started_in = HERE / saved["folder"]
+        started_in, model_is_folder = HERE / saved["folder"], bool(saved["model_is_folder"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {folder}: no run to go on with ({type(error).__name__} in its "
                          "args.json)") from None
 
     before = complete(parser.parse_args(of_run))
     args = parser.parse_args(of_run)
-    gone = take_paths(args, started_in, given)
+    gone = take_paths(args, started_in, given, model_is_folder)
     if gone:
         raise InputError(f"--resume {folder}: gone is what the run was started with: "
                          f"{', '.join(gone)}; give such a flag with the path as it is now")
@@ -173,20 +175,17 @@ def resumed(get_parser, complete, argv, folder_flag):
     return args
 
 
-def take_paths(args, folder, given):
+def take_paths(args, folder, given, model_is_folder):
     """Let relative paths among a run's flags start at `folder`, where it was started. Returns those
     that are not there and not in `given`: ["PATH (--data_dir)", ...]."""
     gone = []
     for name in PATH_FLAGS:
-        if name in given or getattr(args, name, None) is None:
+        typed = getattr(args, name, None)
+        if name in given or typed is None or (name == "model" and not model_is_folder):
             continue
-        typed = getattr(args, name)
         path = folder / typed
-        there = path.parent.is_dir() if name.endswith("_out") else path.exists()
-        if name == "model" and not there and not Path(typed).is_absolute():
-            continue  # a name on the hub
         setattr(args, name, type(typed)(path))
-        if not there:
+        if not (path.parent.is_dir() if name.endswith("_out") else path.exists()):
             gone.append(f"{path} (--{name})")
 
     args.aux = {name: str(folder / path) for name, path in getattr(args, "aux", {}).items()}
@@ -300,7 +299,7 @@ def resolve(argv):
     args = get_parser().parse_args(argv)
     if args.resume is not None:
         return resumed(get_parser, complete, argv, "--name")
-    args.argv, args.folder = argv, start_folder()
+    note_start(args, argv)
     return complete(args)
 
 

@@ -32,7 +32,7 @@ from curves import plot_losses
 from data.batches import Stream, collate, evaluation_batches, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder
 from data.tasks import TASKS, Examples, data_digest, load_tokenizer, locate, read_examples, task_names, tokenize
-from flags import Parser, number, resumed, sentence, start_folder
+from flags import Parser, note_start, number, resumed, sentence
 from optimizer import AdamW, learning_rate, parameter_groups
 
 SHARE = 0.15  # of a sequence's tokens are predicted
@@ -328,7 +328,7 @@ def resolve(argv):
     args = get_parser().parse_args(argv)
     if args.resume is not None:
         return resumed(get_parser, complete, argv, "--out")
-    args.argv, args.folder = argv, start_folder()
+    note_start(args, argv)
     return complete(args)
 
 
