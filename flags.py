@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -32,6 +33,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        # Python lets the bytes of an argument that are not text pass, as lone surrogates, which
+        # neither the tokenizer nor the files of weights take
+        for word in sys.argv[1:] if args is None else args:
+            if not is_text(word):
+                self.error(f"argument {word!a} is not valid text; give it as UTF-8")
+        return super().parse_known_args(args, namespace)
+
+
+def is_text(string):
+    try:
+        string.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -87,15 +104,6 @@ def one_of(*choices):
             raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
         return text
     return parse
-
-
-def sentence(text):
-    """A flag's type: text, as against bytes that the terminal's encoding does not have."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text!a} is not valid text; type it as UTF-8") from None
-    return text
 
 
 def settings(**fields):
@@ -279,7 +287,8 @@ def get_parser():
     group.add_argument("--name", default=None,
                        help="folder in runs/, or an absolute path (default: option, schedule, surgery and time)")
     group.add_argument("--resume", default=None, metavar="RUN",
-                       help="go on with a run that was stopped or killed, with the flags it had")
+                       help="go on with a run that was stopped or killed, with the flags it had; "
+                            "what was moved since then is given anew: --data_dir, --model, ...")
     group.add_argument("--save_every", type=number(float, 0), default=5.0, metavar="MINUTES",
                        help="how often the state to go on from is saved; after each epoch it always is")
     group = parser.add_argument_group("data")

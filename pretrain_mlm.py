@@ -32,7 +32,7 @@ from curves import plot_losses
 from data.batches import Stream, collate, evaluation_batches, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder
 from data.tasks import TASKS, Examples, data_digest, load_tokenizer, locate, read_examples, task_names, tokenize
-from flags import Parser, note_start, number, resumed, sentence
+from flags import Parser, note_start, number, resumed
 from optimizer import AdamW, learning_rate, parameter_groups
 
 SHARE = 0.15  # of a sequence's tokens are predicted
@@ -316,11 +316,12 @@ def get_parser():
     parser.add_argument("--use_gpu", action="store_true", help="train on CUDA, or on MPS of an Apple machine")
     parser.add_argument("--amp", action="store_true", help="in bfloat16 (CUDA, or a CPU with avx512_bf16)")
     parser.add_argument("--out", type=Path, default=None, help="the folder to write; it must not be there yet")
-    parser.add_argument("--resume", default=None, metavar="FOLDER", help="go on with a run that was stopped or killed")
+    parser.add_argument("--resume", default=None, metavar="FOLDER",
+                        help="go on with a run that was stopped or killed; what was moved since "
+                             "then is given anew: --data_dir, --model, --text")
     parser.add_argument("--save_every", type=number(float, 0), default=5.0, metavar="MINUTES",
                         help="how often the state to go on from is saved; after each epoch it always is")
-    parser.add_argument("--fill", nargs="+", type=sentence, metavar="SENTENCE",
-                        help="no training: fill the [MASK]s of these sentences")
+    parser.add_argument("--fill", nargs="+", metavar="SENTENCE", help="no training: fill the [MASK]s of these sentences")
     return parser
 
 

@@ -1,8 +1,8 @@
 """Query a trained model: what a run makes of sentences.
 
-    python support/predict.py RUN "A quiet film."                     the sentiment of a sentence
-    python support/predict.py RUN "How old are you?" "What is your age?"        of a pair, too
-    python support/predict.py RUN --input FILE                        a line each; - for standard input
+    python support/predict.py RUN "A quiet film."                          its sentiment
+    python support/predict.py RUN "How old are you?" "What is your age?"   and what the pair has
+    python support/predict.py RUN --input FILE                             per line; - for stdin
 
 From Python: predict_sentences(MultitaskBERT.load(RUN), [("A quiet film.",), ("One", "another")]).
 """
@@ -20,7 +20,7 @@ from checkpoint import exit_status, get_device, process_environment  # noqa: E40
 from data.download import InputError  # noqa: E402
 from data.tasks import Examples, first_bad_byte, tokenize  # noqa: E402
 from evaluation import predict  # noqa: E402
-from flags import Parser  # noqa: E402
+from flags import Parser, is_text  # noqa: E402
 from multitask_classifier import MultitaskBERT  # noqa: E402
 
 LABELS = {"sst": "sentiment, very negative to very positive",
@@ -67,11 +67,8 @@ def sentence_error(sentence):
         return "is empty"
     if "\0" in sentence:
         return "holds a NUL byte"
-    # Python lets the bytes of an argument that are not text pass, as lone surrogates
-    try:
-        sentence.encode("utf-8")
-    except UnicodeEncodeError:
-        return f"is not valid text ({sentence[:40]!a}); type it as UTF-8"
+    if not is_text(sentence):
+        return f"is not valid text ({sentence[:40]!a}); give it as UTF-8"
     return None
 
 
