@@ -1,8 +1,11 @@
 """What the training scripts share: a run's folder and how it goes on, Ctrl-C, device and processes, exit status."""
 import contextlib
+import io
 import json
+import math
 import os
 import pickle
+import shlex
 import signal
 import sys
 import threading
@@ -33,6 +36,8 @@ class Run:
 
     def __init__(self, folder, args, resume=False, writes=True):
         self.folder, self.writes, self.last = Path(folder), writes, None
+        # the flags that resume it from this directory: those of now where it is resumed already
+        self.flags = args["argv"] if resume else ["--resume", os.path.relpath(self.folder)]
         if resume:
             self.last = read_last(self.folder / "last.pt")
             path, self.length = self.folder / "metrics.jsonl", self.last["metrics"] if self.last else 0
@@ -122,9 +127,10 @@ class Interruption:
         self.asked = True
         print("\nending this step, and saving; Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
-    def check(self, folder):
+    def check(self, run):
         if self.asked:
-            raise Interrupted(f"stopped; everything is saved, and --resume {os.path.relpath(folder)} goes on")
+            command = shlex.join(["python", sys.argv[0], *run.flags])
+            raise Interrupted(f"stopped; everything is saved; resume with: {command}")
 
     def __exit__(self, *_):
         if self.mine:
@@ -166,20 +172,51 @@ def median_times(variants, rounds, device):
     return {name: sorted(values[2:])[rounds // 2] for name, values in times.items()}
 
 
+def process_environment():
+    """(rank, rank on this machine, number of processes) as torchrun sets them; (0, 0, 1) without.
+
+    Raises InputError where the variables are set in part, or are not numbers that fit.
+    """
+    if not {"WORLD_SIZE", "RANK"} & os.environ.keys():
+        return 0, 0, 1
+    numbers = {}
+    for name, least, below in (("WORLD_SIZE", 1, math.inf), ("RANK", 0, math.inf),
+                               ("LOCAL_RANK", 0, math.inf), ("MASTER_PORT", 0, 2 ** 16)):
+        try:
+            numbers[name] = int(os.environ.get(name, ""))
+        except ValueError:
+            raise wrong_environment(name) from None
+        if not least <= numbers[name] < below:
+            raise wrong_environment(name)
+        if numbers["WORLD_SIZE"] == 1:
+            return 0, 0, 1  # alone, whatever the others are
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise wrong_environment("RANK")
+    if not os.environ.get("MASTER_ADDR"):
+        raise wrong_environment("MASTER_ADDR")
+    return numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"]
+
+
+def wrong_environment(name):
+    found = repr(os.environ[name][:40]) if name in os.environ else "not set"
+    return InputError(f"the environment variable {name} is {found}: start several processes with "
+                      "torchrun, which sets all it takes; for one, unset WORLD_SIZE and RANK")
+
+
 def join_processes(device):
     """Meet the other processes where torchrun started several: one a GPU over nccl, or several on the CPU over gloo.
 
     device: "cpu", "cuda" or "mps". They share a file system: the first one writes the run's folder, and all read the best
     epoch from it.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    _, local_rank, world = process_environment()
+    if world == 1:
         return
     if device == "mps":
         raise InputError("--use_gpu with several processes: an Apple machine has one GPU; leave out torchrun")
     if device == "cpu":
         distributed.init_process_group("gloo")
     else:
-        local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
             raise InputError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
         torch.cuda.set_device(local_rank)
@@ -235,26 +272,57 @@ class Meter:
 
 # ---------------------------------------------------------------- how a script ends
 
+def nowhere():
+    """A stream that takes everything that is printed, and keeps nothing."""
+    return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+
+
+def ready_streams():
+    """Standard output and error that can be printed to: one that was closed is replaced, and a
+    character that the encoding does not have is shown as an escape."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, nowhere())
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def exit_status(main, argv=None):
     """Call main(argv). Returns 0, or 2 for bad input, 1 for a run that failed and 130 after Ctrl-C, with one line why."""
+    ready_streams()
     message = None
     try:
         main(argv)
+        sys.stdout.flush()
     except InputError as error:
         status, message = 2, str(error)
+    except BrokenPipeError:
+        status, message = 1, "stopped, since what read its output is gone (broken pipe)"
     except (RunFailed, OSError) as error:  # a full disk, say
         status, message = 1, str(error)
     except (Interrupted, KeyboardInterrupt) as error:
         status, message = 130, str(error) or "stopped at once; what was not saved is lost"
     except RuntimeError as error:
-        if not isinstance(error, distributed.DistBackendError) and "gloo" not in str(error):
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
         print(f"{Path(sys.argv[0]).name}: lost touch with another process of this run ({str(error).splitlines()[0]})",
               file=sys.stderr, flush=True)
         os._exit(1)  # the interpreter's own way out would meet gloo's waiting threads, and may abort there
     if message:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        drop_what_cannot_be_printed()
         return status
     if distributed.is_initialized():
         distributed.destroy_process_group()
     return 0
+
+
+def drop_what_cannot_be_printed():
+    """The interpreter flushes once more at its end, where a failure would be a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -3,19 +3,16 @@
 Dimensions: N rows, C outputs of a task (classes; or one logit, or one similarity).
 """
 import csv
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.special import expit, log_softmax, softmax
+from scipy.special import log_softmax
 from scipy.stats import pearsonr
 from tqdm import tqdm
 
 from checkpoint import rank_and_world, sum_over_processes
 from data.batches import evaluation_batches, seed_of
-from data.download import InputError, write_whole
-from data.tasks import Examples, first_bad_byte, tokenize
+from data.download import write_whole
 
 TRAIN_SAMPLE = 2000  # rows a task of the train score: a full pass would cost more than a short run
 WORST = 50  # rows a task in errors.csv
@@ -146,63 +143,6 @@ def wrongness(task, outputs, labels):
     if task.kind == "binary":
         outputs = np.concatenate([np.zeros_like(outputs), outputs], axis=1)
     return -log_softmax(outputs, axis=1)[np.arange(len(labels)), labels.astype(int)]
-
-
-def answers(model, rows):
-    """What a run makes of sentences: a dict for each row. model: of MultitaskBERT.load. rows: tuples of one or two strings.
-
-    sst, cfimdb and auxiliary tasks: the probabilities of the classes, of the first sentence. para: the probability that
-    the two mean the same; sts: their similarity, 0 to 5.
-    """
-    made = [{} for _ in rows]
-    for name, task in model.tasks.items():
-        fitting = [i for i, row in enumerate(rows) if len(row) >= len(task.text_columns)]
-        if fitting:
-            texts = [rows[i][:len(task.text_columns)] for i in fitting]
-            examples = Examples(task, "the input", fitting, texts, None, [])
-            tokenize(examples, model.tokenizer, model.bert.config.max_position_embeddings,
-                     model.pair_head.get(name) == "cross")
-            outputs = predict(model, name, examples)
-            values = (softmax(outputs, axis=1) if task.kind == "classes" else expit(outputs[:, 0])
-                      if task.kind == "binary" else outputs[:, 0].clip(0, task.top))
-            for i, value in zip(fitting, values.astype(float).round(4).tolist()):
-                made[i][name] = value
-    return made
-
-
-def read_input(path):
-    """Rows of one or two sentences for `answers`: a line each, a tab between two. path: "-" for standard input."""
-    source = "standard input" if path == "-" else path
-    try:
-        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        lines = raw.decode("utf-8-sig").removesuffix("\n").split("\n") if raw else []  # not at every mark of Unicode
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{source}: {first_bad_byte(raw)}; save it as UTF-8") from None
-    if not lines:
-        raise InputError(f"{source}: no line of text")
-    return checked_rows([line.removesuffix("\r").split("\t") for line in lines], source)
-
-
-def checked_rows(rows, source):
-    """The rows, stripped, as tuples. Raises InputError: more than two sentences, an empty one, or a NUL byte."""
-    for n, row in enumerate(rows, start=1):
-        if len(row) > 2:
-            raise InputError(f"{source}: line {n}: {len(row)} sentences, and a row has one or two")
-        for text in row:
-            if not text.strip() or "\0" in text:
-                raise InputError(f"{source}: line {n}: {'a NUL byte' if text.strip() else 'a sentence is empty'}")
-    return [tuple(text.strip() for text in row) for row in rows]
-
-
-def describe_answer(row, made):
-    lines = ["  |  ".join(row)]
-    for name, value in made.items():
-        label = {"sst": "sentiment, very negative to very positive", "para": "probability that they mean the same",
-                 "sts": "similarity, 0 to 5"}.get(name, f"{name}, class 0 and on")
-        lines.append(f"  {label}: " + (" ".join(f"{p:.3f}" for p in value) if isinstance(value, list) else f"{value:.3f}"))
-    return "\n".join(lines)
 
 
 def write_errors(path, results):

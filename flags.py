@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from data.tasks import TASKS, task_names
 PAIR_HEADS = ("cross", "uv", "uv_diff", "cosine")
 SST_LOSSES = {"ce": None, "oll1": 1.0, "oll1.5": 1.5, "oll2": 2.0}  # ordinal log loss: its alpha
 DEFAULT_BATCH_SIZE = {"sst": 16, "para": 32, "sts": 12, "cfimdb": 8}
+FILES_OF_A_TASK = ("train", "dev", "test", "dev_out", "test_out")
+PATH_FLAGS = ("data_dir", "model", "init_from", "text",
+              *(f"{task}_{kind}" for task in TASKS for kind in FILES_OF_A_TASK))  # and --aux
+HERE = Path(__file__).resolve().parent
 
 
 # ---------------------------------------------------------------- types of flags
@@ -28,6 +33,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        # Python lets the bytes of an argument that are not text pass, as lone surrogates, which
+        # neither the tokenizer nor the files of weights take
+        for word in sys.argv[1:] if args is None else args:
+            if not is_text(word):
+                self.error(f"argument {word!a} is not valid text; give it as UTF-8")
+        return super().parse_known_args(args, namespace)
+
+
+def is_text(string):
+    try:
+        string.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -120,34 +141,78 @@ def for_each(value, tasks, flag):
     return {name: value[name] for name in tasks}
 
 
-def resumed(resolve, argv, folder_flag):
-    """The flags of the run that --resume names, resolved, or None where argv has no --resume. Raises InputError where
-    argv has other flags that contradict the run's. folder_flag: which names the run's folder, --name or --out."""
-    parser = Parser(add_help=False)
-    parser.add_argument("--resume")
-    known, argv = parser.parse_known_args(argv)
-    folder = known.resume
-    if folder is None:
-        return None
+def note_start(args, argv):
+    """Keep among the flags what --resume needs of a new run: how and where it was started."""
+    folder = Path.cwd()
+    # relative to the project where it is inside, so that the project can be moved
+    inside = folder.is_relative_to(HERE)
+    args.argv, args.folder = argv, os.path.relpath(folder, HERE) if inside else str(folder)
+    args.model_is_folder = args.model is not None and Path(args.model).is_dir()
+
+
+def resumed(get_parser, complete, argv, folder_flag):
+    """The flags of the run that --resume in argv names, checked by the script's `complete`.
+
+    Of argv's other flags --save_every counts, and paths, since what a run was started with may have
+    been moved; other data is found out by its digest. Raises InputError where one contradicts the
+    run's, or a path is gone. folder_flag: which names the run's folder, --name or --out.
+    """
+    # parsed over None in place of every default, so that what is not None was typed
+    parser = get_parser()
+    untyped = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
+    typed = vars(parser.parse_args(argv, untyped)).items()
+    given = {name: value for name, value in typed if value is not None}
+    folder = given.pop("resume")
+
+    # the run is in the folder that is given, wherever it was when it was started
     try:
-        args = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
-        of_run, started_in = [*map(str, args["argv"]), folder_flag, str(Path(folder).absolute())], str(args["folder"])
+        saved = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
+        of_run = [*map(str, saved["argv"]), folder_flag, str(Path(folder).absolute())]
+        started_in, model_is_folder = HERE / saved["folder"], bool(saved["model_is_folder"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--resume {folder}: no run to go on with ({type(error).__name__} in its args.json)") from None
-    typed = {word.split("=")[0] for word in argv}  # not what follows from it: surgery, gradient_rows, ...
-    others = of_run
-    if "--aux" in typed:  # which adds to those before it, and is to be compared with the run's
-        repeated = Parser(add_help=False)
-        repeated.add_argument("--aux", action="append")
-        _, others = repeated.parse_known_args(of_run)
-    # without --resume, so that this function returns at once
-    args, other = resolve(of_run), resolve([*others, *argv])
-    differing = [f"--{name} is {value!r} in the run" for name, value in vars(args).items()
-                 if f"--{name}" in typed - {"--save_every"} and vars(other)[name] != value]
+        raise InputError(f"--resume {folder}: no run to go on with ({type(error).__name__} in its "
+                         "args.json)") from None
+
+    before = complete(parser.parse_args(of_run))
+    args = parser.parse_args(of_run)
+    given_aux = dict(given.pop("aux", []))
+    gone = take_paths(args, started_in, given, given_aux, model_is_folder)
+    if gone:
+        raise InputError(f"--resume {folder}: gone is what the run was started with: "
+                         f"{', '.join(gone)}; give such a flag with the path as it is now")
+    vars(args).update(given)
+    args = complete(args)
+
+    differing = [f"--{name} is {vars(before)[name]!r} in the run" for name in given
+                 if name not in ("save_every", *PATH_FLAGS)
+                 and vars(before)[name] != vars(args)[name]]
+    differing += [f"--aux {name} is not in the run" for name in given_aux if name not in args.aux]
     if differing:
         raise InputError(f"--resume {folder}: {'; '.join(differing)}: leave it out, or start a new run")
-    args.resume, args.folder, args.save_every = True, started_in, other.save_every
+    args.resume, args.argv = True, argv
     return args
+
+
+def take_paths(args, folder, given, given_aux, model_is_folder):
+    """Let relative paths among a run's flags start at `folder`, where it was started. Returns those
+    that are not there, and not given anew: ["PATH (--data_dir)", ...]."""
+    gone = []
+    for name in PATH_FLAGS:
+        typed = getattr(args, name, None)
+        if name in given or typed is None or (name == "model" and not model_is_folder):
+            continue
+        path = folder / typed
+        setattr(args, name, type(typed)(path))
+        if not (path.parent.is_dir() if name.endswith("_out") else path.exists()):
+            gone.append(f"{path} (--{name})")
+
+    aux = [(name, given_aux.get(name, folder / path))
+           for name, path in getattr(args, "aux", None) or []]
+    gone += [f"{path} (--aux {name})" for name, path in aux
+             if name not in given_aux and not Path(path).exists()]
+    if aux:
+        args.aux = [(name, str(path)) for name, path in aux]
+    return gone
 
 
 # ---------------------------------------------------------------- the training script's
@@ -237,21 +302,16 @@ def get_parser():
     group.add_argument("--name", default=None,
                        help="folder in runs/, or an absolute path (default: option, schedule, surgery and time)")
     group.add_argument("--resume", default=None, metavar="RUN",
-                       help="go on with a run that was stopped or killed, with the flags it had")
+                       help="go on with a run that was stopped or killed, with the flags it had; "
+                            "what was moved since then is given anew: --data_dir, --model, ...")
     group.add_argument("--save_every", type=number(float, 0), default=5.0, metavar="MINUTES",
                        help="how often the state to go on from is saved; after each epoch it always is")
-    group = parser.add_argument_group("answers from a run, without training")
-    group.add_argument("--predict", nargs="+", metavar=("RUN", "SENTENCE"),
-                       help="the sentiment of a sentence; with a second one paraphrase and similarity too. JSON lines where "
-                            "the output is no terminal")
-    group.add_argument("--input", metavar="FILE", help="with --predict RUN: a sentence a line, or two with a tab between; "
-                       "- for standard input")
     group = parser.add_argument_group("data")
     group.add_argument("--data_dir", type=Path, default=None, help="folder with the course's files (default: data/ once "
                        "`python data/download.py` has filled it, the demo sets in data/demo/ until then)")
     group.add_argument("--skip_malformed", action="store_true", help="go on where more than 1 %% of a file is malformed")
     for task in TASKS:  # the course's path flags, explained in the epilog instead of in 20 lines
-        for kind in ("train", "dev", "test", "dev_out", "test_out"):
+        for kind in FILES_OF_A_TASK:
             group.add_argument(f"--{task}_{kind}", type=Path, help=argparse.SUPPRESS)
     parser.epilog = ("One file each: --TASK_train, --TASK_dev, --TASK_test FILE in place of the one in the data folder; "
                      "--TASK_dev_out, --TASK_test_out FILE for the predictions (default: predictions/ in its folder).")
@@ -261,20 +321,14 @@ def get_parser():
 def resolve(argv):
     """The flags, checked against each other, with every default filled in. Raises InputError."""
     args = get_parser().parse_args(argv)
-    if args.predict:
-        typed = [word for word in argv if word.startswith("--") and word not in ("--predict", "--input", "--use_gpu")]
-        if typed:
-            raise InputError(f"--predict: goes with --input and --use_gpu alone; leave out {', '.join(typed)}")
-        if (len(args.predict) > 1) == (args.input is not None):
-            raise InputError("--predict RUN: give one or two sentences, or --input FILE (- for standard input)")
-        args.device = get_device(args.use_gpu, amp=False)
-        return args
-    if args.input is not None:
-        raise InputError("--input: only with --predict RUN")
-    args_of_run = resumed(resolve, argv, "--name")
-    if args_of_run:
-        return args_of_run
-    args.argv, args.folder = argv, os.getcwd()  # for --resume
+    if args.resume is not None:
+        return resumed(get_parser, complete, argv, "--name")
+    note_start(args, argv)
+    return complete(args)
+
+
+def complete(args):
+    """Check parsed flags against each other and fill in every default. Raises InputError."""
     args.tasks = task_names(args.tasks)
     args.score_also = task_names(args.score_also, "--score_also") if args.score_also is not None else []
     given = args.aux or []

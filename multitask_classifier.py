@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 from attention import ProjectedAttention, to_device
 from bert import BertModel, read_checkpoint, to_float
-from checkpoint import Interruption, Meter, Run, RunFailed, autocast, exit_status, join_processes, rank_and_world
+from checkpoint import (Interruption, Meter, Run, RunFailed, autocast, exit_status, join_processes,
+                        nowhere, rank_and_world)
 from curves import plot_curves
 from data.batches import Schedule, collate, seed_of
 from data.download import InputError, fetch_encoder
 from data.tasks import TASKS, auxiliary, data_digest, fitting_tokenizer, load_data, locate
-from evaluation import (answers, checked_rows, decide, describe, describe_answer, describe_confusion, encode_once,
-                        evaluate, predict, read_input, selection, write_errors, write_predictions)
+from evaluation import (decide, describe, describe_confusion, encode_once, evaluate, predict,
+                        selection, write_errors, write_predictions)
 from flags import SST_LOSSES, resolve
 from optimizer import AdamW, learning_rate, parameter_groups
 from pcgrad import GradientBuffer, describe_gradients, diagnostics, mean_of
@@ -204,7 +205,7 @@ class MultitaskBERT(nn.Module):
             if model.own_state().keys() != tensors.keys():
                 raise ValueError(f"it has not the tensors its flags ask for: {sorted(model.own_state().keys() ^ tensors)}")
             model.load_state_dict(tensors, strict=False)
-            model.tokenizer = fitting_tokenizer(folder, model.bert.config,  # for evaluation.answers
+            model.tokenizer = fitting_tokenizer(folder, model.bert.config,  # for support/predict.py
                                                 pairs="cross" in args["pair_head"].values())
         except InputError:
             raise
@@ -426,7 +427,7 @@ def train(training, run, encoder_folder):
                 plot_curves(run.folder)
             training.end_epoch()
             run.save(training.state())
-            interruption.check(run.folder)
+            interruption.check(run)
     return training.best
 
 
@@ -449,7 +450,7 @@ def train_epoch(training, run, interruption):
         if training.ends_update(training.step) and training.step < total:
             if interruption.asked or run.due(args.save_every):
                 run.save(training.state())
-            interruption.check(run.folder)
+            interruption.check(run)
 
 
 def output_paths(args, paths):
@@ -468,29 +469,13 @@ def output_paths(args, paths):
 
 
 def main(argv=None):
-    """Train as the flags say, or answer with what was trained."""
+    """Train as the flags say."""
     args = resolve(sys.argv[1:] if argv is None else list(argv))
-    if args.predict:
-        answer(args)
-        return
-    os.chdir(args.folder)  # of a run that goes on: its relative paths start there
     join_processes(args.device)
     rank, _ = rank_and_world()
     # only the first process prints
-    with contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext():
+    with contextlib.redirect_stdout(nowhere()) if rank else contextlib.nullcontext():
         train_and_predict(args, rank)
-
-
-def answer(args):
-    run, *sentences = args.predict
-    rows = checked_rows([sentences], "--predict") if args.input is None else read_input(args.input)
-    with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no answer
-        model = MultitaskBERT.load(run).to(args.device)
-        found = answers(model, rows)
-    for n, (row, made) in enumerate(zip(rows, found), start=1):
-        if not made:
-            raise InputError(f"line {n}: this run knows pairs alone ({', '.join(model.tasks)}); give two sentences")
-        print(describe_answer(row, made) if sys.stdout.isatty() else json.dumps({"text": row, **made}, ensure_ascii=False))
 
 
 def build(args, paths, encoder_folder):

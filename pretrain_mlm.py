@@ -26,13 +26,14 @@ from tqdm import tqdm
 
 from attention import Linear
 from bert import BertConfig, BertModel, read_checkpoint, to_float
-from checkpoint import Interruption, Meter, Run, RunFailed, autocast, exit_status, get_device
+from checkpoint import (Interruption, Meter, Run, RunFailed, autocast, exit_status, get_device,
+                        process_environment)
 from curves import plot_losses
 from data.batches import Stream, collate, evaluation_batches, seed_of
 from data.download import DEFAULT_ENCODER, InputError, fetch_encoder
 from data.tasks import (SPECIAL, TASKS, Examples, data_digest, fitting_tokenizer, locate,
                         read_examples, task_names, tokenize)
-from flags import Parser, number, resumed
+from flags import Parser, note_start, number, resumed
 from optimizer import AdamW, learning_rate, parameter_groups
 
 SHARE = 0.15  # of a sequence's tokens are predicted
@@ -269,7 +270,7 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder, interrup
                 run.log("step", epoch=epoch + 1, step=done, **means, lr=optimizer.param_groups[0]["lr"], **speed)
             if done % steps_per_epoch and (interruption.asked or run.due(args.save_every)):
                 run.save(state())
-                interruption.check(run.folder)
+                interruption.check(run)
         loss = evaluate(model, held_out, vocabulary, args)
         improved = loss < best
         best = min(best, loss)
@@ -282,7 +283,7 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder, interrup
             model.save_pretrained(run.folder, encoder_folder)
         plot_losses(run.folder)
         run.save(now)
-        interruption.check(run.folder)
+        interruption.check(run)
 
 
 @torch.no_grad()
@@ -327,7 +328,9 @@ def get_parser():
     parser.add_argument("--use_gpu", action="store_true", help="train on CUDA, or on MPS of an Apple machine")
     parser.add_argument("--amp", action="store_true", help="in bfloat16 (CUDA, or a CPU with avx512_bf16)")
     parser.add_argument("--out", type=Path, default=None, help="the folder to write; it must not be there yet")
-    parser.add_argument("--resume", default=None, metavar="FOLDER", help="go on with a run that was stopped or killed")
+    parser.add_argument("--resume", default=None, metavar="FOLDER",
+                        help="go on with a run that was stopped or killed; what was moved since "
+                             "then is given anew: --data_dir, --model, --text")
     parser.add_argument("--save_every", type=number(float, 0), default=5.0, metavar="MINUTES",
                         help="how often the state to go on from is saved; after each epoch it always is")
     parser.add_argument("--fill", nargs="+", metavar="SENTENCE", help="no training: fill the [MASK]s of these sentences")
@@ -335,10 +338,14 @@ def get_parser():
 
 
 def resolve(argv):
-    args, args_of_run = get_parser().parse_args(argv), resumed(resolve, argv, "--out")
-    if args_of_run:
-        return args_of_run
-    args.argv, args.folder = argv, os.getcwd()  # for --resume
+    args = get_parser().parse_args(argv)
+    if args.resume is not None:
+        return resumed(get_parser, complete, argv, "--out")
+    note_start(args, argv)
+    return complete(args)
+
+
+def complete(args):
     if not args.fill and not args.out:
         raise InputError("give --out FOLDER to train, or --fill SENTENCE")
     args.tasks = [] if args.text and args.tasks is None else task_names(args.tasks or "sst,para,sts")
@@ -347,9 +354,8 @@ def resolve(argv):
 
 def main(argv=None):
     args = resolve(sys.argv[1:] if argv is None else list(argv))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if process_environment()[2] > 1:
         raise InputError("pretraining runs as one process; leave out torchrun")
-    os.chdir(args.folder)  # of a run that goes on: its relative paths start there
     device = get_device(args.use_gpu, args.amp)
     encoder_folder = fetch_encoder(args.model)
     pairs = not args.fill and any(TASKS[task].is_pair for task in args.tasks)

@@ -22,6 +22,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -50,6 +51,7 @@ from torch.nn import functional as F
 import attention
 import curves
 import evaluation
+import flags as flags_of
 import multitask_classifier
 import pcgrad
 import pretrain_mlm
@@ -63,6 +65,7 @@ from data.download import DEFAULT_ENCODER, InputError, cache_folder, fetch_encod
 from data.tasks import TASKS, load_tokenizer, read_examples, tokenize
 from multitask_classifier import MultitaskBERT
 from optimizer import CHUNK, AdamW, learning_rate
+from support import predict
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE / "data" / "demo"
@@ -2180,13 +2183,14 @@ def test_auxiliary_tasks_are_one_flag_each_and_their_files_have_any_name():
     assert status == 0 and "stars: 20 train rows" in said and "again: 20 train rows" in said, said
     assert {"stars", "again"} < set(read_metrics(folder, "step")[-1]["losses"])
 
-    # --resume reads the flags of the run; one that is typed again must say the same
+    # --resume reads the flags of the run; a path may be typed again, and a task may not be added
     before = remains(folder)
-    for typed in ((), flags):
+    for typed in ((), flags, flags[:2]):
         status, said = quietly(multitask_classifier.main, "--resume", folder, *typed)
         assert status == 0 and remains(folder)[0] == before[0], said
-    status, said = quietly(multitask_classifier.main, "--resume", folder, *flags[:2])
-    assert status == 2 and "--aux is {'stars': " in said and "in the run: leave" in said, said
+    other = flags[1].replace("stars=", "other=", 1)
+    status, said = quietly(multitask_classifier.main, "--resume", folder, "--aux", other)
+    assert status == 2 and "--aux other is not in the run: leave it out" in said, said
 
 
 def test_every_id_of_the_test_files_is_predicted():
@@ -2682,7 +2686,6 @@ def test_bad_input_gives_one_line_and_status_2():
         (["--pcgrad", "--schedule", "mtdnn"], "a step has one task"),
         (["--init_from", str(root / "tiny")], "not a run of this script"),
         (["--init_from", str(taken), "--pair_head", "uv"], "is of another shape"),
-        (["--input", "x"], "--input: only with --predict"),
         (["--save_every", "-1"], "argument --save_every"),
         (["--resume", str(root / "tiny")], "no run to go on with"),
         (["--sst_train", str(root)], "no such file"),
@@ -2849,6 +2852,148 @@ def test_ctrl_c_saves_and_says_how_to_go_on():
     assert signal.getsignal(signal.SIGINT) is handler  # a shell starts what is in the background without one
 
 
+@contextlib.contextmanager
+def inside(folder):
+    """With `folder` as the current directory."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def killed_after(steps, main, *flags):
+    """main(flags), killed in the step after so many."""
+    real, left = multitask_classifier.Training.train_step, [steps]
+
+    def train_step(training, batches):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        real(training, batches)
+
+    with mock.patch.object(multitask_classifier.Training, "train_step", train_step):
+        try:
+            quietly(main, *flags)
+        except Killed:
+            return
+    raise AssertionError("not killed")
+
+
+def test_a_run_and_its_project_can_be_moved():
+    """Started inside the project with relative paths, killed; project and run are renamed, and it
+    is resumed from elsewhere to the bits of an undisturbed one."""
+    root = workspace()
+    old, new = root / "project", root / "project, renamed"
+    (old / "runs").mkdir(parents=True)
+    for name in ("tiny", "data"):
+        shutil.copytree(root / name, old / name)
+    flags = ["--option", "finetune", "--model", "tiny", "--data_dir", "data", "--aux",
+             "stars=data/stars-train.csv", "--sst_dev", "data/ids-sst-train.csv", "--sst_dev_out",
+             "runs/sst.csv", "--epochs", 2, "--epoch_length", 3, "--batch_size", 4,
+             "--save_every", 0]
+    with mock.patch.object(flags_of, "HERE", old), inside(old):
+        assert quietly(multitask_classifier.main, *flags, "--name", old / "runs" / "whole")[0] == 0
+        killed_after(4, multitask_classifier.main, *flags, "--name", old / "runs" / "killed")
+        status, said = quietly(pretrain_mlm.main, "--model", "tiny", "--data_dir", "data",
+                               "--text", "tiny/vocab.txt", "--epochs", 1, "--epoch_length", 2,
+                               "--out", "runs/mlm")
+        assert status == 0, said
+    old.rename(new)
+    (new / "runs" / "killed").rename(new / "a run")
+    with mock.patch.object(flags_of, "HERE", new), inside(root):
+        status, said = quietly(multitask_classifier.main, "--resume", f"{new.name}/a run")
+        assert status == 0 and equal(new / "a run", new / "runs" / "whole"), said
+        status, said = quietly(pretrain_mlm.main, "--resume", new / "runs" / "mlm")
+        assert status == 0 and "mlm" in said.splitlines()[-1], said
+
+
+def test_a_path_that_is_gone_can_be_given_anew():
+    root = workspace() / "moved"
+    root.mkdir()
+    for name in ("tiny", "data"):
+        shutil.copytree(workspace() / name, root / name)
+    (root / "tiny" / "text.txt").write_bytes((root / "data" / "ids-sst-train.csv").read_bytes())
+    shutil.copyfile(root / "data" / "stars-train.csv", root / "stars.csv")
+    (root / "out").mkdir()
+    first = run(steps=1, name=str(root / "first"))[2]
+    elsewhere = root / "started here"
+    elsewhere.mkdir()
+
+    # started with relative paths, of which all are renamed
+    with inside(elsewhere):
+        flags = ["--option", "finetune", "--model", "../tiny", "--data_dir", "../data",
+                 "--init_from", "../first", "--aux", "stars=../stars.csv",
+                 "--sst_dev", "../data/ids-sst-dev.csv", "--sts_dev_out", "../out/sts.csv",
+                 "--epochs", 2, "--epoch_length", 3, "--batch_size", 4, "--save_every", 0]
+        killed_after(4, multitask_classifier.main, *flags, "--name", root / "killed")
+        assert quietly(multitask_classifier.main, *flags, "--name", root / "whole")[0] == 0
+        status, said = quietly(pretrain_mlm.main, "--model", "../tiny",
+                               "--text", "../tiny/text.txt", "--epochs", 1, "--epoch_length", 2,
+                               "--out", "../mlm")
+        assert status == 0, said
+    elsewhere.rmdir()
+    for name in ("tiny", "data", "first", "stars.csv", "out"):
+        (root / name).rename(root / f"new-{name}")
+    moved = {"model": "new-tiny", "data_dir": "new-data", "init_from": "new-first",
+             "aux": "stars=new-stars.csv", "sst_dev": "new-data/ids-sst-dev.csv",
+             "sts_dev_out": "new-out/sts.csv"}
+    given = [word for name, path in moved.items() for word in (f"--{name}", path)]
+    with inside(root):
+        for n, left_out in enumerate(moved):
+            others = given[:2 * n] + given[2 * n + 2:]
+            status, said = quietly(multitask_classifier.main, "--resume", "killed", *others)
+            assert status == 2 and said.count("\n") == 1 and "gone" in said, said
+            assert [name for name in moved if f"(--{name}" in said] == [left_out], said
+        status, said = quietly(multitask_classifier.main, "--resume", "killed")
+        assert all(f"(--{name}" in said for name in moved) and said.count("\n") == 1, said
+        status, said = quietly(multitask_classifier.main, "--resume", "killed", *given, "--sst_dev",
+                               "new-data/ids-sst-train.csv")
+        assert status == 2 and "not those that the run was started with" in said, said
+        status, said = quietly(multitask_classifier.main, "--resume", "killed", *given)
+        assert status == 0 and equal(root / "killed", root / "whole"), said
+
+        status, said = quietly(pretrain_mlm.main, "--resume", "mlm")
+        assert status == 2 and said.count("\n") == 1, said
+        assert "(--model)" in said and "(--text)" in said, said
+        status, said = quietly(pretrain_mlm.main, "--resume", "mlm", "--model", "new-tiny",
+                               "--text", "new-tiny/text.txt")
+        assert status == 0, said
+
+
+def test_ctrl_c_prints_the_command_that_resumes():
+    """As it is printed, in the directory where it is printed: also by a run that was resumed,
+    elsewhere than it was started, with a path given anew."""
+    root = workspace()
+    data, folder = root / "ctrl-c's data", root / "runs" / "ctrl-c's run"
+    shutil.copytree(root / "data", data)
+    real = multitask_classifier.Training.train_step
+
+    def stopped(*flags):
+        def train_step(training, batches):
+            real(training, batches)
+            signal.raise_signal(signal.SIGINT)
+
+        with mock.patch.object(multitask_classifier.Training, "train_step", train_step):
+            with mock.patch.object(sys, "argv", ["../multitask_classifier.py"]):
+                status, said = quietly(multitask_classifier.main, *flags)
+        assert status == 130, said
+        python, script, *words = shlex.split(said.splitlines()[-1].split("resume with: ")[1])
+        assert (python, script) == ("python", "../multitask_classifier.py")
+        return words
+
+    with inside(data):
+        words = stopped(*resumable([]), "--data_dir", ".", "--name", folder)
+        assert words == ["--resume", os.path.relpath(folder)]
+        assert stopped(*words) == words
+    data.rename(root / "data of ctrl-c")
+    with inside(folder.parent):
+        words = stopped("--resume", folder.name, "--data_dir", "../data of ctrl-c")
+        status, said = quietly(multitask_classifier.main, *words)
+    assert status == 0, said
+
+
 def test_what_cannot_be_resumed_says_why():
     root = workspace()
     folder = root / "runs" / "to-resume"
@@ -2924,46 +3069,236 @@ def test_a_full_disk_leaves_the_last_good_checkpoint():
     assert quietly(multitask_classifier.main, *flags, "--name", whole)[0] == 0 and equal(whole, folder)
 
 
-def test_a_run_answers():
+@functools.cache
+def queried():
+    """(folder, model) of a short run of the three tasks."""
     status, said, folder = run("--pair_head", "para=cross,sts=cosine")
     assert status == 0, said
-    model = MultitaskBERT.load(folder)
-    first, second = "A quiet film.", "A loud film \U0001f3ac \u05e9\u05dc\u05d5\u05dd"
-    made = evaluation.answers(model, [(first,), (first, second), (second,), ("word " * 30000,)])
-    assert [sorted(answer) for answer in made] == [["sst"], ["para", "sst", "sts"], ["sst"], ["sst"]]
-    assert all(abs(sum(answer["sst"]) - 1) < 1e-3 for answer in made) and made[0]["sst"] == made[1]["sst"]
+    return folder, MultitaskBERT.load(folder)
+
+
+FIRST, SECOND = "A quiet film.", "A loud film \U0001f3ac \u05e9\u05dc\u05d5\u05dd"
+
+
+def test_a_trained_model_is_queried():
+    folder, model = queried()
+    rows = [(FIRST,), (FIRST, SECOND), [SECOND], ("word " * 30000,)]
+    made = predict.predict_sentences(model, rows)
+    assert [sorted(answer) for answer in made] == [
+        ["sst"], ["para", "sst", "sts"], ["sst"], ["sst"]]
+    assert all(abs(sum(answer["sst"]) - 1) < 1e-3 for answer in made)
+    assert made[0]["sst"] == made[1]["sst"]
     assert 0 <= made[1]["para"] <= 1 and 0 <= made[1]["sts"] <= 5
 
     def answered(*flags):
-        status, said = quietly(multitask_classifier.main, "--predict", *flags)
+        status, said = quietly(predict.main, *flags)
         assert "Traceback" not in said
         return status, said
 
-    status, said = answered(folder, first, second)
-    assert status == 0 and json.loads(said) == {"text": [first, second], **made[1]}
+    # from the command line, a file and standard input
+    status, said = answered(folder, FIRST, SECOND)
+    assert status == 0 and json.loads(said) == {"text": [FIRST, SECOND], **made[1]}
     path = workspace() / "input.txt"
-    path.write_bytes(f"\ufeff{first}\t{second}\r\n{second}".encode())
+    path.write_bytes(f"\ufeff{FIRST}\t{SECOND}\r\n{SECOND}".encode())
     status, said = answered(folder, "--input", path)
-    assert [json.loads(line)["sst"] for line in said.splitlines()] == [made[1]["sst"], made[2]["sst"]], said
-    with mock.patch.object(sys, "stdin", mock.Mock(buffer=io.BytesIO(first.encode()))):
+    found = [json.loads(line)["sst"] for line in said.splitlines()]
+    assert found == [made[1]["sst"], made[2]["sst"]], said
+    with mock.patch.object(sys, "stdin", mock.Mock(buffer=io.BytesIO(FIRST.encode()))):
         assert json.loads(answered(folder, "--input", "-")[1])["sst"] == made[0]["sst"]
-    for content, part in ((b"good\n\nbad", "line 2: a sentence is empty"), (b"a\tb\tc", "line 1: 3 sentences"),
-                          (b"good\nb\xff", "line 2: byte 0xff"), (b"", "no line of text"), (b"a\0b", "a NUL byte")):
+
+    # a file's faults, with their line
+    for content, part in ((b"good\n\nbad", "line 2: a sentence is empty"),
+                          (b"a\tb\tc", "line 1: 3 sentences"), (b"a\0b", "a NUL byte"),
+                          (b"good\nb\xff", "line 2: byte 0xff"), (b"", "no line of text")):
         path.write_bytes(content)
         status, said = answered(folder, "--input", path)
         assert status == 2 and part in said, said
-    path.write_text("one \u2028 line\x0c\nand another")
+    path.write_text("one \u2028 line\x0c\nand another", encoding="utf-8")
     assert answered(folder, "--input", path)[1].count("\n") == 2
-    status, said = quietly(multitask_classifier.main, "--predict", folder, "word " * 3000)
+
+    status, said = answered(folder, "word " * 3000)
     assert json.loads(said.splitlines()[-1])["sst"] and "cut 1 of 1 rows" in said
     pairs = run("--tasks", "para")[2]
-    for flags, part in (((folder, "a", "--lr", "1"), "leave out --lr"), ((folder, "a", "--resume", folder), "leave out --resume"),
-                        ((pairs, "a"), "knows pairs alone"), ((folder, "--input", ""), "cannot be read"),
-                        ((folder,), "give one or two sentences"), ((folder, "a", "--input", path), "give one or two"),
-                        ((folder, "a", "b", "c"), "3 sentences"), ((workspace() / "tiny", "a"), "not a run"),
-                        ((folder, " "), "a sentence is empty"), ((folder, "--input", "/nowhere"), "cannot be read")):
+    for flags, part in (((pairs, "a"), "knows pairs alone"), ((), "give the folder of a run"),
+                        ((folder,), "give one or two sentences"),
+                        ((folder, "a", "--input", path), "give one or two sentences"),
+                        ((folder, "a", "b", "c"), "3 sentences"), ((folder, " "), "is empty"),
+                        ((workspace() / "tiny", "a"), "not a run"),
+                        ((folder, "--input", ""), "cannot be read"),
+                        ((folder, "--input", "/nowhere"), "cannot be read"),
+                        ((folder, "--input", "a\0b"), "cannot be read")):
         status, said = answered(*flags)
         assert status == 2 and part in said, said
+
+
+def test_python_input_is_validated_as_terminal_input_is():
+    _, model = queried()
+    for bad, part in ((FIRST, "not of type str"), (("a", "b", "c"), "3 sentences"),
+                      ((), "0 sentences"), (None, "not of type NoneType"),
+                      (math.nan, "not of type float"),
+                      (b"bytes", "not of type bytes"), ({"a": "b"}, "not of type dict"),
+                      (("a", None), "not of type NoneType"), ((math.nan,), "not of type float"),
+                      ((b"bytes", "a"), "not of type bytes"), ((("a",),), "not of type tuple"),
+                      (("a", " \t"), "is empty"), (("a\0",), "holds a NUL byte"),
+                      (("caf\udce9",), "is not valid text")):
+        for message in ("rows[2]: ", part):
+            raises(InputError, message, predict.predict_sentences, model, [("a",), ("a", "b"), bad])
+    for rows, part in ((FIRST, "the rows are not"), (b"bytes", "the rows are not"),
+                       (None, "the rows are not"), (math.nan, "the rows are not"),
+                       (np.array(1.0), "the rows are not"), ({FIRST: SECOND}, "rows[0]: a row is")):
+        raises(InputError, part, predict.predict_sentences, model, rows)
+    alone = MultitaskBERT.load(run("--tasks", "para,sts")[2])
+    raises(InputError, "rows[1]: this run knows pairs alone", predict.predict_sentences, alone,
+           [(FIRST, SECOND), (FIRST,)])
+    assert predict.predict_sentences(model, []) == []
+
+
+def test_a_sentence_is_never_parsed_as_a_flag():
+    folder, _ = queried()
+    path = workspace() / "--dashes.txt"
+    path.write_text(f"{FIRST}\n--really?\n", encoding="utf-8")
+    lines = [[FIRST], ["--really?"]]
+    with inside(path.parent):
+        for words, texts in (
+                ([folder, "-5 out of 10"], [["-5 out of 10"]]),
+                ([folder, "--really?"], [["--really?"]]), ([folder, "-5", "-h?"], [["-5", "-h?"]]),
+                ([folder, "--use_gpus", "-"], [["--use_gpus", "-"]]),
+                ([folder, "a=b", "--a=b"], [["a=b", "--a=b"]]),
+                (["--", folder, "--help"], [["--help"]]), ([folder, "@x"], [["@x"]]),
+                ([folder, "--", "--input", "--"], [["--input", "--"]]),
+                ([folder, "--input", path], lines), ([folder, f"--input={path}"], lines),
+                (["--input", path, folder], lines), ([folder, "--input", path.name], lines),
+                ([f"--input={path.name}", "--", folder], lines)):
+            status, said = quietly(predict.main, *words)
+            assert status == 0, said
+            assert [json.loads(line)["text"] for line in said.splitlines()] == texts, (words, said)
+    for words, part in (([folder, "--input"], "expected one argument"),
+                        ([folder, "--use_gpu=1", "a"], "--use_gpu")):
+        status, said = quietly(predict.main, *words)
+        assert status == 2 and part in said and said.count("\n") == 1, said
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            predict.main(["--help"])
+        except SystemExit as end:
+            assert end.code == 0
+    assert "Only the flags above are flags" in " ".join(said.getvalue().split())
+
+
+def printed(encoding, main, *flags, terminal=False):
+    """(exit status, the bytes on standard output, those on standard error) of a strict encoding."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    streams[0].isatty = lambda: terminal
+    with mock.patch.multiple(sys, stdout=streams[0], stderr=streams[1]):
+        status = exit_status(main, list(map(str, flags)))
+        for stream in streams:
+            stream.flush()
+    return status, *(stream.buffer.getvalue() for stream in streams)
+
+
+def test_any_stream_can_be_printed_to():
+    folder, model = queried()
+    answer = {"text": [FIRST, SECOND], **predict.predict_sentences(model, [(FIRST, SECOND)])[0]}
+    for encoding in ("ascii", "cp1252", "utf-8"):
+        status, out, _ = printed(encoding, predict.main, folder, FIRST, SECOND)
+        assert status == 0 and json.loads(out.decode("ascii")) == answer
+        status, out, _ = printed(encoding, predict.main, folder, SECOND, terminal=True)
+        assert status == 0 and b"A loud film" in out and b"sentiment" in out
+        status, _, said = printed(encoding, predict.main, folder, "caf\udce9 \u2603")
+        assert status == 2 and b"is not valid text" in said
+
+    # the training scripts' own words
+    root = workspace()
+    common = ["--model", root / "tiny", "--data_dir", root / "data", "--epochs", 1,
+              "--epoch_length", 1]
+    for main, flag in ((multitask_classifier.main, "--name"), (pretrain_mlm.main, "--out")):
+        name = root / "runs" / f"\u05e9\u05dc{flag}"
+        status, out, _ = printed("ascii", main, *common, flag, name)
+        assert status == 0 and b"\\u05e9\\u05dc" in out.splitlines()[-1], out
+    fill = ["--model", root / "tiny", "--fill"]
+    status, out, _ = printed("cp1252", pretrain_mlm.main, *fill, "a \u2603 [MASK]")
+    assert status == 0 and b"\\u2603" in out
+    for main, flags in ((pretrain_mlm.main, [*fill, "\udce9 [MASK]"]),
+                        (multitask_classifier.main, [*common, "--name", root / "runs" / "\udce9"])):
+        status, _, said = printed("ascii", main, *flags)
+        assert status == 2 and b"is not valid text" in said and said.count(b"\n") == 1, said
+
+
+def test_closed_streams_end_in_no_traceback():
+    folder, _ = queried()
+    with mock.patch.object(sys, "stdin", None):
+        status, said = quietly(predict.main, folder, "--input", "-")
+    assert status == 2 and said.count("\n") == 1 and "standard input: is closed" in said
+
+    # as Python finds them after >&- 2>&-
+    with mock.patch.multiple(sys, stdout=None, stderr=None):
+        statuses = [exit_status(predict.main, [str(folder), text]) for text in (FIRST, " ")]
+        fill = ["--model", str(workspace() / "tiny"), "--fill", "[MASK]"]
+        statuses.append(exit_status(pretrain_mlm.main, fill))
+    assert statuses == [0, 2, 0]
+
+    # a reader that is gone, and a full disk; the interpreter's own flush at its end must succeed
+    for name in ("broken pipe", "full disk"):
+        if name == "broken pipe":
+            reader, writer = os.pipe()
+            os.close(reader)
+        else:
+            writer = os.open("/dev/full", os.O_WRONLY)
+        with open(writer, "w") as out, contextlib.redirect_stderr(io.StringIO()) as said:
+            with mock.patch.object(sys, "stdout", out):
+                status = exit_status(predict.main, [str(folder), FIRST])
+            out.flush()
+        said = said.getvalue()
+        assert status == 1 and said.count("\n") == 1, said
+        assert said.startswith(f"{Path(sys.argv[0]).name}: "), said
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1"}
+
+
+def test_under_torchrun_the_first_process_alone_answers():
+    folder, _ = queried()
+    for rank, lines in (("0", 1), ("1", 0)):
+        with mock.patch.dict(os.environ, {**TORCHRUN, "RANK": rank, "LOCAL_RANK": rank}):
+            status, said = quietly(predict.main, folder, FIRST)
+            assert status == 0 and said.count("\n") == lines, said
+            status, said = quietly(predict.main, folder, " ")
+            assert status == 2 * lines and said.count("\n") == lines, "errors are printed once, too"
+
+
+def test_half_set_environments_are_rejected():
+    folder, _ = queried()
+    root = workspace()
+    common = "--model", root / "tiny", "--data_dir", root / "data"
+    scripts = ((predict.main, (folder, FIRST)), (multitask_classifier.main, common),
+               (pretrain_mlm.main, (*common, "--out", root / "none")))
+    table = [(name, value) for name in TORCHRUN for value in (None, "")]
+    table += [(name, value) for name in TORCHRUN if name != "MASTER_ADDR"
+              for value in ("two", "-1", "1.5", "9" * 5000)]
+    for name, value in [*table, ("WORLD_SIZE", "0"), ("RANK", "2")]:
+        setting = {**TORCHRUN, name: value} if value is not None else {
+            key: value for key, value in TORCHRUN.items() if key != name}
+        with mock.patch.dict(os.environ):
+            for key in TORCHRUN:
+                os.environ.pop(key, None)
+            os.environ.update(setting)
+            for main, flags in scripts:
+                status, said = quietly(main, *flags)
+                assert status == 2 and said.count("\n") == 1, (name, value, said)
+                assert f"variable {name} is" in said, (name, value, said)
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "1"}):  # alone: it needs no other
+        assert quietly(predict.main, folder, FIRST)[0] == 0
+
+    # no home directory, and no entry in passwd
+    with mock.patch.dict(os.environ), mock.patch("pwd.getpwuid", side_effect=KeyError):
+        for name in ("HOME", "XDG_CACHE_HOME"):
+            os.environ.pop(name, None)
+        for main, flags in ((multitask_classifier.main, ("--data_dir", root / "data")),
+                            (pretrain_mlm.main, ("--fill", "[MASK]"))):
+            status, said = quietly(main, *flags)
+            assert status == 2 and said.count("\n") == 1 and "XDG_CACHE_HOME" in said, said
+        os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+        assert cache_folder() == root / "cache" / "multitask-bert"
 
 
 # ---------------------------------------------------------------- pretrain_mlm.py

@@ -132,7 +132,12 @@ def download_sets(base, folder):
 
 
 def cache_folder():
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "multitask-bert"
+    try:
+        parent = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        raise InputError("there is no home directory for the cache of encoders; set XDG_CACHE_HOME "
+                         "to a folder to keep them in, or give --model FOLDER") from None
+    return parent / "multitask-bert"
 
 
 def checked(folder):

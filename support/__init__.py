@@ -1,0 +1,1 @@
+"""Scripts beside the application, which does not import them."""
