@@ -242,7 +242,9 @@ def test_attention_is_float32_under_autocast():
 
 
 def test_dropout_drops_its_share():
-    dropout, x = Dropout(0.1).train(), torch.randn(1001, 997, requires_grad=True)
+    torch.manual_seed(0)
+    x = (torch.rand(1001, 997) + 1).requires_grad_()  # never 0, which could not be told from what is dropped
+    dropout = Dropout(0.1).train()
     torch.manual_seed(0)
     output = dropout(x)
     zeros = output == 0
@@ -681,8 +683,8 @@ def test_vaccine_with_targets_held_at_zero_is_pcgrad():
 
 
 def test_vaccine_of_parallel_and_opposed_gradients_is_finite():
-    a = torch.randn(10000, generator=torch.Generator().manual_seed(13))
-    for rows in ([a, a], [a, -a], [a, -a, a], [a, 0 * a], [a, -(1 + 1e-6) * a], [a, -a + 1e-4 * torch.randn(10000)]):
+    a, b = torch.randn(2, 10000, generator=torch.Generator().manual_seed(13))
+    for rows in ([a, a], [a, -a], [a, -a, a], [a, 0 * a], [a, -(1 + 1e-6) * a], [a, -a + 1e-4 * b]):
         g = torch.stack(rows)
         for target in (-0.5, 0.0, 0.999, 1.0):
             targets = torch.full((len(g), len(g)), target, dtype=torch.float64)
@@ -2702,6 +2704,28 @@ STORED_POOLER = [[-0.0520373, -0.0431513, 0.0213192, 0.0768633, -0.0953051, 0.01
                  [-0.0112392, 0.0450846, 0.0587121, 0.0795594, -0.1073437, -0.0098406]]
 
 
+def setup_function(check):
+    """Before each check, here and under pytest, which knows this name: a check draws what it draws alone."""
+    seed = seed_of(check.__name__) % 2 ** 32  # NumPy takes no larger one
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def test_every_check_draws_from_its_own_seed():
+    drawn = []
+
+    def draw():
+        drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
+
+    for name in ("test_drawn_first", "test_drawn_second", "test_drawn_first"):
+        draw.__name__ = name
+        with mock.patch.dict(globals(), {name: draw}):
+            assert main([name]) == 0
+    assert drawn[0] == drawn[2], "what ran before a check changes what it draws"
+    assert all(a != b for a, b in zip(*drawn[:2])), "two checks have the same seed"
+
+
 def main(words):
     passed = failed = skipped = 0
     for name, check in list(globals().items()):
@@ -2710,6 +2734,7 @@ def main(words):
         start, said = time.perf_counter(), io.StringIO()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                setup_function(check)
                 check()
         except SkipTest as reason:
             skipped += 1
