@@ -37,7 +37,7 @@ from evaluation import (answers, checked_rows, decide, describe, describe_answer
                         evaluate, predict, read_input, selection, write_errors, write_predictions)
 from flags import SST_LOSSES, resolve
 from optimizer import AdamW, learning_rate, parameter_groups
-from pcgrad import GradientBuffer, describe_gradients, diagnostics, mean_of
+from pcgrad import GradientBuffer, describe_gradients, diagnostics, mean_of, use_sparse_gradient
 from smart import Proximal, Smoothness
 
 HERE = Path(__file__).resolve().parent
@@ -249,8 +249,7 @@ class Training:
         smart = Smoothness({task: kinds[task] for task in args.smart_tasks}, **args.smart) if args.smart else None
         self.proximal = Proximal(model, kinds, **args.proximal) if args.proximal else None
         self.regularisers = {name: term for name, term in (("smart", smart), ("proximal", self.proximal)) if term}
-        # the word embedding's gradient then touches, in J, only the rows of words that occur; MPS has no sparse tensors
-        model.bert.word_embedding.sparse = args.device != "mps"
+        use_sparse_gradient(model.bert.word_embedding)
 
         self.optimizer_of = {task: task if args.optimizer_per_task else "all" for task in args.trained}  # of a task's steps
         self.trainable = {name: [*shared, *(p for task in own if self.optimizer_of[task] == name for p in own[task])]

@@ -48,7 +48,7 @@ import pcgrad
 import pretrain_mlm
 import smart
 from bert import BertConfig, BertModel, Dropout, our_name, published_name
-from checkpoint import exit_status
+from checkpoint import exit_status, median_times
 from curves import read_metrics
 from data import download, tasks
 from data.batches import ONE_TASK_A_STEP, SCHEDULES, Schedule, Stream, collate, evaluation_batches, seed_of
@@ -762,6 +762,21 @@ def test_sparse_embedding_gradients_are_the_dense_bits():
             buffer.backward(task, model.loss(task, collate(examples[task], np.arange(8))))
         rows.append(buffer.J[:2].clone())
     assert rows[0].abs().sum(1).min() > 0 and torch.equal(*rows)
+
+
+def test_embedding_gradients_are_dense_on_an_apple_gpu():
+    """There torch has no sparse tensors."""
+    for device in ("cpu", "cuda", "mps"):
+        embedding = mock.Mock(weight=mock.Mock(device=torch.device(device)))
+        pcgrad.use_sparse_gradient(embedding)
+        assert embedding.sparse == (device != "mps"), device
+
+
+def test_timings_wait_for_the_gpu():
+    for device in ("cuda", "mps"):  # the function returns at once, and what it started takes 10 ms
+        with mock.patch.object(torch.get_device_module(device), "synchronize", lambda: time.sleep(0.01)):
+            assert median_times({"kernel": lambda i: None}, 3, device)["kernel"] >= 0.01, device
+    assert median_times({"nothing": lambda i: None}, 3, "cpu")["nothing"] < 0.01
 
 
 # ---------------------------------------------------------------- smart.py
