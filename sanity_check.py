@@ -774,7 +774,8 @@ def test_embedding_gradients_are_dense_on_an_apple_gpu():
 
 def test_timings_wait_for_the_gpu():
     for device in ("cuda", "mps"):  # the function returns at once, and what it started takes 10 ms
-        with mock.patch.object(torch.get_device_module(device), "synchronize", lambda: time.sleep(0.01)):
+        module = torch.get_device_module(device)
+        with mock.patch.object(module, "synchronize", lambda: time.sleep(0.01)):
             assert median_times({"kernel": lambda i: None}, 3, device)["kernel"] >= 0.01, device
     assert median_times({"nothing": lambda i: None}, 3, "cpu")["nothing"] < 0.01
 
