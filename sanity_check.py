@@ -2667,6 +2667,46 @@ def test_pretraining_goes_on_where_it_was_killed():
     assert status == 2 and "--lr is 0.0001 in the run" in said, said
 
 
+def test_pretraining_leaves_a_model_where_no_epoch_beats_the_start():
+    real, left = pretrain_mlm.predict_masked, []
+
+    def predict_masked(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return real(*args)
+
+    flags = "--epochs", 3, "--batch_size", 8, "--epoch_length", 4
+    for before, losses, worse in ((5.0, (7.0, 6.0, 8.0), True), (6.0, (7.0, 6.0, 8.0), False)):
+        evaluations = iter((before, *losses))
+        with mock.patch.object(pretrain_mlm, "evaluate", lambda *args: next(evaluations)):
+            left[:] = [10]  # steps until it is killed, in the third epoch; the second is the best
+            try:
+                with mock.patch.object(pretrain_mlm, "predict_masked", predict_masked):
+                    out = workspace() / "runs" / f"mlm-worse-{before}"
+                    mlm(*flags, out=out)
+                raise AssertionError("not killed")
+            except Killed:
+                best = torch.load(out / "last.pt", weights_only=True)["model"]
+            status, said = quietly(pretrain_mlm.main, "--resume", out)
+        line = f"held-out loss 6.000 in the best, which is saved, and {before:.3f} before training"
+        assert status == 0 and (line in said) == worse, said
+        assert "encoder and masked-LM head" in said, said
+        saved = pretrain_mlm.MaskedLM.from_pretrained(out).state_dict()
+        assert same(saved, best), "the best of the epochs"
+        status, said = quietly(pretrain_mlm.main, "--resume", out)  # a finished run says the same
+        assert status == 0 and (line in said) == worse, said
+    status, said, out = mlm("--epochs", 1, "--batch_size", 8, "--lr", 2)
+    assert status == 0 and "every epoch is worse than the start" in said, said
+    assert mlm("--model", out, "--epochs", 1, "--epoch_length", 1)[0] == 0
+    # a loss that is not finite would never be beaten
+    evaluations = iter((5.0, math.nan))
+    with mock.patch.object(pretrain_mlm, "evaluate", lambda *args: next(evaluations)):
+        status, said, out = mlm(*flags)
+    assert status == 1 and "the held-out loss is nan after step 4" in said.splitlines()[-1], said
+    assert not (out / "model.safetensors").exists()
+
+
 def test_sixty_four_sentences_are_learnt_by_heart():
     """A small model from random weights, new masks at every step."""
     if not FULL:
