@@ -538,16 +538,18 @@ def train_and_predict(args, rank):
     model = MultitaskBERT.load(folder).to(args.device)
     predicted = {(task, split): predict(model, task, data[task][split]) for task, split in outputs}
     if rank == 0:
-        (folder / "predictions").mkdir(exist_ok=True)
         for (task, split), path in outputs.items():
+            path.parent.mkdir(exist_ok=True)  # predictions/, unless each was given a path
             write_predictions(path, data[task][split], predicted[task, split])
         write_errors(folder / "errors.csv", [(data[task]["dev"], made) for (task, split), made in predicted.items()
                                              if split == "dev"])
     if "sst" in data:
         dev = data["sst"]["dev"]
         print(describe_confusion(dev.task, decide(dev.task, predicted["sst", "dev"]), dev.labels))
-    print(f"best epoch {best['epoch']}: {describe(best)}\n"
-          f"{os.path.relpath(folder)}: encoder, heads, metrics.jsonl, curves.png, errors.csv, predictions/")
+    left = ["encoder", "heads", "metrics.jsonl", "curves.png", "errors.csv"]
+    left += ["predictions/"] if (folder / "predictions").is_dir() else []
+    print(f"best epoch {best['epoch']}: {describe(best)}")
+    print(f"{os.path.relpath(folder)}: {', '.join(left)}")
 
 
 if __name__ == "__main__":

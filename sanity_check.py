@@ -1461,6 +1461,15 @@ def test_a_diverged_run_fails():
     assert not (folder / "model.safetensors").exists() and not (folder / "last.pt").exists()
 
 
+def test_outputs_that_are_not_finite_end_the_run():
+    """After one step of such a rate loss and weights are finite, but not what they compute."""
+    diverging = ["--lr", 1e15, "--clip", 0, "--warmup", 0, "--lr_schedule", "constant"]
+    for tasks in ("sst", "sst,para,sts"):
+        status, said, folder = run(*diverging, "--tasks", tasks, steps=1)
+        assert status == 1 and "are not finite" in said.splitlines()[-1], said
+        assert not (folder / "model.safetensors").exists() and "Traceback" not in said
+
+
 def test_gradients_are_logged():
     for flags, pairs in ((["--pcgrad"], 3), (["--log_gradients"], 3), (["--gradvac", "sst+para,sts"], 1), ([], 0)):
         status, said, folder = run(*flags, steps=12)
@@ -1574,6 +1583,15 @@ def test_predictions_go_where_they_are_asked_to():
     assert sorted(path.name for path in folder.iterdir()) == ["a.csv", "b.csv"]
     assert len((folder / "a.csv").read_text().splitlines()) == 9  # the heading and eight rows
     assert len(list((run_folder / "predictions").iterdir())) == 4
+    # what the last line names is there
+    elsewhere = [f"--sst_{split}_out={folder / split}.csv" for split in ("dev", "test")]
+    for flags, announced in (([], True), (elsewhere, False)):
+        status, said, run_folder = run("--tasks", "sst", *flags)
+        named = said.splitlines()[-1].split(": ")[1].split(", ")
+        assert status == 0 and named[:2] == ["encoder", "heads"], said
+        assert ("predictions/" in named) == announced, said
+        assert all((run_folder / name).exists() for name in named[2:]), said
+    assert (folder / "dev.csv").exists() and (folder / "test.csv").exists()
 
 
 def test_amp_is_bfloat16_or_is_refused():
