@@ -365,7 +365,7 @@ def benchmark(flags, rounds=15):
     from flags import resolve
     from multitask_classifier import build, task_loss
     from optimizer import AdamW
-    from pcgrad import GradientBuffer
+    from pcgrad import GradientBuffer, use_sparse_gradient
 
     args = resolve(["--option", "finetune", "--pair_head", "cross", *flags])
     folder, generator = fetch_encoder(args.model), np.random.default_rng(0)
@@ -373,7 +373,8 @@ def benchmark(flags, rounds=15):
 
     def ours(padded=False, amp=False):
         own = copy.deepcopy(model).train()
-        own.amp, own.bert.word_embedding.sparse = amp, True  # as in training
+        own.amp = amp
+        use_sparse_gradient(own.bert.word_embedding)
         gradients = GradientBuffer(own.shared_parameters(), {task: own.own_parameters(task) for task in own.tasks})
         optimizer = AdamW(own.parameters(), lr=1e-5)
 

@@ -166,8 +166,7 @@ def median_times(variants, rounds, device):
         for name, function in variants.items():
             start = time.perf_counter()
             function(i)
-            if device == "cuda":
-                torch.cuda.synchronize()
+            torch.get_device_module(device).synchronize()  # a GPU may still be computing
             times[name].append(time.perf_counter() - start)
     return {name: sorted(values[2:])[rounds // 2] for name, values in times.items()}
 

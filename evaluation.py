@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 from scipy.stats import pearsonr
 from tqdm import tqdm
 
-from checkpoint import rank_and_world, sum_over_processes
+from checkpoint import RunFailed, rank_and_world, sum_over_processes
 from data.batches import evaluation_batches, seed_of
 from data.download import write_whole
 
@@ -96,7 +96,12 @@ def overall(scores):
 
 
 def evaluate(model, data, seed):
-    """{"dev": {task: score}, "train": {task: score on a seeded sample}, "f1": {task: of dev}, the overall scores of dev}."""
+    """{"dev": {task: score}, "train": {task: score on a seeded sample}, "f1": {task: of dev}, and
+    the overall scores of dev}.
+
+    Raises RunFailed where an output is not finite: its score would mean nothing, or be NaN, which
+    no later epoch can beat.
+    """
     scores = {"dev": {}, "train": {}, "f1": {}}
     for name, splits in data.items():
         size = len(splits["train"])
@@ -104,7 +109,11 @@ def evaluate(model, data, seed):
         for split, rows in (("train", sample), ("dev", None)):
             if split in splits:  # an auxiliary task has no dev set
                 examples = splits[split]
-                predictions = decide(examples.task, predict(model, name, examples, rows))
+                outputs = predict(model, name, examples, rows)
+                if not np.isfinite(outputs).all():
+                    raise RunFailed(f"the outputs for {name} {split} are not finite; what was "
+                                    "saved before is intact; try a lower --lr, or --clip 1")
+                predictions = decide(examples.task, outputs)
                 labels = examples.labels if rows is None else examples.labels[rows]
                 scores[split][name] = score(examples.task, predictions, labels)
                 f1 = f1_scores(examples.task, predictions, labels)

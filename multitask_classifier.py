@@ -38,7 +38,7 @@ from evaluation import (decide, describe, describe_confusion, encode_once, evalu
                         selection, write_errors, write_predictions)
 from flags import SST_LOSSES, resolve
 from optimizer import AdamW, learning_rate, parameter_groups
-from pcgrad import GradientBuffer, describe_gradients, diagnostics, mean_of
+from pcgrad import GradientBuffer, describe_gradients, diagnostics, mean_of, use_sparse_gradient
 from smart import Proximal, Smoothness
 
 HERE = Path(__file__).resolve().parent
@@ -253,8 +253,7 @@ class Training:
         smart = Smoothness({task: kinds[task] for task in args.smart_tasks}, **args.smart) if args.smart else None
         self.proximal = Proximal(model, kinds, **args.proximal) if args.proximal else None
         self.regularisers = {name: term for name, term in (("smart", smart), ("proximal", self.proximal)) if term}
-        # the word embedding's gradient then touches, in J, only the rows of words that occur; MPS has no sparse tensors
-        model.bert.word_embedding.sparse = args.device != "mps"
+        use_sparse_gradient(model.bert.word_embedding)
 
         self.optimizer_of = {task: task if args.optimizer_per_task else "all" for task in args.trained}  # of a task's steps
         self.trainable = {name: [*shared, *(p for task in own if self.optimizer_of[task] == name for p in own[task])]
@@ -527,16 +526,18 @@ def train_and_predict(args, rank):
     model = MultitaskBERT.load(folder).to(args.device)
     predicted = {(task, split): predict(model, task, data[task][split]) for task, split in outputs}
     if rank == 0:
-        (folder / "predictions").mkdir(exist_ok=True)
         for (task, split), path in outputs.items():
+            path.parent.mkdir(exist_ok=True)  # predictions/, unless each was given a path
             write_predictions(path, data[task][split], predicted[task, split])
         write_errors(folder / "errors.csv", [(data[task]["dev"], made) for (task, split), made in predicted.items()
                                              if split == "dev"])
     if "sst" in data:
         dev = data["sst"]["dev"]
         print(describe_confusion(dev.task, decide(dev.task, predicted["sst", "dev"]), dev.labels))
-    print(f"best epoch {best['epoch']}: {describe(best)}\n"
-          f"{os.path.relpath(folder)}: encoder, heads, metrics.jsonl, curves.png, errors.csv, predictions/")
+    left = ["encoder", "heads", "metrics.jsonl", "curves.png", "errors.csv"]
+    left += ["predictions/"] if (folder / "predictions").is_dir() else []
+    print(f"best epoch {best['epoch']}: {describe(best)}")
+    print(f"{os.path.relpath(folder)}: {', '.join(left)}")
 
 
 if __name__ == "__main__":

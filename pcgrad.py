@@ -119,6 +119,12 @@ class GradientBuffer:
             distributed.all_reduce(parameter.grad)
 
 
+def use_sparse_gradient(embedding):
+    """Its gradient then touches, in J, only the rows of words that occur. MPS has no sparse
+    tensors: there it stays dense."""
+    embedding.sparse = embedding.weight.device.type != "mps"
+
+
 def gram_matrix(J):
     """G = J J^T, as float64 on the CPU. (K, P) -> (K, K)."""
     if J.device.type != "cpu":
@@ -245,7 +251,8 @@ if __name__ == "__main__":
 
     args = resolve(["--option", "finetune", "--pair_head", "cross", *sys.argv[1:]])  # --data_dir, --model, ...
     model, data = build(args, locate(args), fetch_encoder(args.model))
-    model.train().bert.word_embedding.sparse = True  # as in training
+    model.train()
+    use_sparse_gradient(model.bert.word_embedding)
     optimizer, generator = AdamW(model.parameters(), lr=1e-5), np.random.default_rng(0)
     P = sum(parameter.numel() for parameter in model.shared_parameters())
 

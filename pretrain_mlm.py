@@ -207,7 +207,7 @@ def perplexity(loss):
 
 def train(args, model, text, held_out, vocabulary, run, encoder_folder, interruption):
     """args.epochs passes over the text, from where `run` stopped if it did. Saves the epoch that is best on the held-out
-    text."""
+    text, also where it is worse than the model before training: a run leaves what it trained."""
     stream = Stream(len(text.tokens), args.batch_size, args.seed, "text")
     steps_per_epoch = args.epoch_length or stream.batches
     updates = args.epochs * steps_per_epoch
@@ -229,21 +229,23 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder, interrup
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise RunFailed(f"the weights are not finite after step {done}; what was saved before is intact; "
                             "try a lower --lr")
-        return {"data": of_data, "done": done, "best": best, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "measured": measured.state()}
+        return {"data": of_data, "done": done, "start": start, "best": best,
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "measured": measured.state()}
 
     if run.last:
         if run.last.get("data") != of_data:
             raise InputError("--resume: the text or the vocabulary is not that which the run was started with")
-        done, best = run.last["done"], run.last["best"]
+        done, start, best = run.last["done"], run.last["start"], run.last["best"]
         model.load_state_dict(run.last["model"])
         optimizer.load_state_dict(run.last["optimizer"])
         measured.load_state(run.last["measured"])
     run.start()
     if not run.last:
-        best = evaluate(model, held_out, vocabulary, args)
-        print(f"before      held-out loss {best:.3f}, perplexity {perplexity(best):.1f}", flush=True)
-        run.log("evaluation", epoch=0, step=0, loss=best, perplexity=perplexity(best))
+        start, best = evaluate(model, held_out, vocabulary, args), None  # best: of the epochs
+        print(f"before      held-out loss {start:.3f}, perplexity {perplexity(start):.1f}",
+              flush=True)
+        run.log("evaluation", epoch=0, step=0, loss=start, perplexity=perplexity(start))
     for epoch in range(done // steps_per_epoch, args.epochs):
         bar = tqdm(range(done, (epoch + 1) * steps_per_epoch), desc=f"epoch {epoch + 1}/{args.epochs}",
                    initial=done % steps_per_epoch, total=steps_per_epoch, unit="step", leave=False)
@@ -272,8 +274,11 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder, interrup
                 run.save(state())
                 interruption.check(run)
         loss = evaluate(model, held_out, vocabulary, args)
-        improved = loss < best
-        best = min(best, loss)
+        if not math.isfinite(loss):
+            raise RunFailed(f"the held-out loss is {loss} after step {done}; what was saved "
+                            "before is intact; try a lower --lr")
+        improved = best is None or loss < best
+        best = loss if improved else best
         print(f"epoch {epoch + 1}/{args.epochs}   held-out loss {loss:.3f}, perplexity {perplexity(loss):.1f}"
               f"{'  best so far, saved' if improved else ''}", flush=True)
         run.log("evaluation", epoch=epoch + 1, step=done, loss=loss, perplexity=perplexity(loss))
@@ -284,6 +289,9 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder, interrup
         plot_losses(run.folder)
         run.save(now)
         interruption.check(run)
+    if best > start:
+        print(f"every epoch is worse than the start: held-out loss {best:.3f} in the best, which "
+              f"is saved, and {start:.3f} before training")
 
 
 @torch.no_grad()

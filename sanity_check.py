@@ -57,7 +57,7 @@ import pcgrad
 import pretrain_mlm
 import smart
 from bert import BertConfig, BertModel, Dropout, our_name, published_name
-from checkpoint import exit_status
+from checkpoint import exit_status, median_times
 from curves import read_metrics
 from data import download, tasks
 from data.batches import ONE_TASK_A_STEP, SCHEDULES, Schedule, Stream, collate, evaluation_batches, seed_of
@@ -293,7 +293,9 @@ def test_attention_is_float32_under_autocast():
 
 
 def test_dropout_drops_its_share():
-    dropout, x = Dropout(0.1).train(), torch.randn(1001, 997, requires_grad=True)
+    torch.manual_seed(0)
+    x = (torch.rand(1001, 997) + 1).requires_grad_()  # never 0, which could not be told from what is dropped
+    dropout = Dropout(0.1).train()
     torch.manual_seed(0)
     output = dropout(x)
     zeros = output == 0
@@ -794,8 +796,8 @@ def test_vaccine_with_targets_held_at_zero_is_pcgrad():
 
 
 def test_vaccine_of_parallel_and_opposed_gradients_is_finite():
-    a = torch.randn(10000, generator=torch.Generator().manual_seed(13))
-    for rows in ([a, a], [a, -a], [a, -a, a], [a, 0 * a], [a, -(1 + 1e-6) * a], [a, -a + 1e-4 * torch.randn(10000)]):
+    a, b = torch.randn(2, 10000, generator=torch.Generator().manual_seed(13))
+    for rows in ([a, a], [a, -a], [a, -a, a], [a, 0 * a], [a, -(1 + 1e-6) * a], [a, -a + 1e-4 * b]):
         g = torch.stack(rows)
         for target in (-0.5, 0.0, 0.999, 1.0):
             targets = torch.full((len(g), len(g)), target, dtype=torch.float64)
@@ -873,6 +875,22 @@ def test_sparse_embedding_gradients_are_the_dense_bits():
             buffer.backward(task, model.loss(task, collate(examples[task], np.arange(8))))
         rows.append(buffer.J[:2].clone())
     assert rows[0].abs().sum(1).min() > 0 and torch.equal(*rows)
+
+
+def test_embedding_gradients_are_dense_on_an_apple_gpu():
+    """There torch has no sparse tensors."""
+    for device in ("cpu", "cuda", "mps"):
+        embedding = mock.Mock(weight=mock.Mock(device=torch.device(device)))
+        pcgrad.use_sparse_gradient(embedding)
+        assert embedding.sparse == (device != "mps"), device
+
+
+def test_timings_wait_for_the_gpu():
+    for device in ("cuda", "mps"):  # the function returns at once, and what it started takes 10 ms
+        module = torch.get_device_module(device)
+        with mock.patch.object(module, "synchronize", lambda: time.sleep(0.01)):
+            assert median_times({"kernel": lambda i: None}, 3, device)["kernel"] >= 0.01, device
+    assert median_times({"nothing": lambda i: None}, 3, "cpu")["nothing"] < 0.01
 
 
 # ---------------------------------------------------------------- smart.py
@@ -1815,6 +1833,15 @@ def test_a_diverged_run_fails():
     assert not (folder / "model.safetensors").exists() and not (folder / "last.pt").exists()
 
 
+def test_outputs_that_are_not_finite_end_the_run():
+    """After one step of such a rate loss and weights are finite, but not what they compute."""
+    diverging = ["--lr", 1e15, "--clip", 0, "--warmup", 0, "--lr_schedule", "constant"]
+    for tasks in ("sst", "sst,para,sts"):
+        status, said, folder = run(*diverging, "--tasks", tasks, steps=1)
+        assert status == 1 and "are not finite" in said.splitlines()[-1], said
+        assert not (folder / "model.safetensors").exists() and "Traceback" not in said
+
+
 def test_gradients_are_logged():
     for flags, pairs in ((["--pcgrad"], 3), (["--log_gradients"], 3), (["--gradvac", "sst+para,sts"], 1), ([], 0)):
         status, said, folder = run(*flags, steps=12)
@@ -1998,6 +2025,15 @@ def test_predictions_go_where_they_are_asked_to():
     assert sorted(path.name for path in folder.iterdir()) == ["a.csv", "b.csv"]
     assert len((folder / "a.csv").read_text().splitlines()) == 9  # the heading and eight rows
     assert len(list((run_folder / "predictions").iterdir())) == 4
+    # what the last line names is there
+    elsewhere = [f"--sst_{split}_out={folder / split}.csv" for split in ("dev", "test")]
+    for flags, announced in (([], True), (elsewhere, False)):
+        status, said, run_folder = run("--tasks", "sst", *flags)
+        named = said.splitlines()[-1].split(": ")[1].split(", ")
+        assert status == 0 and named[:2] == ["encoder", "heads"], said
+        assert ("predictions/" in named) == announced, said
+        assert all((run_folder / name).exists() for name in named[2:]), said
+    assert (folder / "dev.csv").exists() and (folder / "test.csv").exists()
 
 
 def test_amp_is_bfloat16_or_is_refused():
@@ -3509,6 +3545,46 @@ def test_pretraining_goes_on_where_it_was_killed():
     assert status == 2 and "--lr is 0.0001 in the run" in said, said
 
 
+def test_pretraining_leaves_a_model_where_no_epoch_beats_the_start():
+    real, left = pretrain_mlm.predict_masked, []
+
+    def predict_masked(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return real(*args)
+
+    flags = "--epochs", 3, "--batch_size", 8, "--epoch_length", 4
+    for before, losses, worse in ((5.0, (7.0, 6.0, 8.0), True), (6.0, (7.0, 6.0, 8.0), False)):
+        evaluations = iter((before, *losses))
+        with mock.patch.object(pretrain_mlm, "evaluate", lambda *args: next(evaluations)):
+            left[:] = [10]  # steps until it is killed, in the third epoch; the second is the best
+            try:
+                with mock.patch.object(pretrain_mlm, "predict_masked", predict_masked):
+                    out = workspace() / "runs" / f"mlm-worse-{before}"
+                    mlm(*flags, out=out)
+                raise AssertionError("not killed")
+            except Killed:
+                best = torch.load(out / "last.pt", weights_only=True)["model"]
+            status, said = quietly(pretrain_mlm.main, "--resume", out)
+        line = f"held-out loss 6.000 in the best, which is saved, and {before:.3f} before training"
+        assert status == 0 and (line in said) == worse, said
+        assert "encoder and masked-LM head" in said, said
+        saved = pretrain_mlm.MaskedLM.from_pretrained(out).state_dict()
+        assert same(saved, best), "the best of the epochs"
+        status, said = quietly(pretrain_mlm.main, "--resume", out)  # a finished run says the same
+        assert status == 0 and (line in said) == worse, said
+    status, said, out = mlm("--epochs", 1, "--batch_size", 8, "--lr", 2)
+    assert status == 0 and "every epoch is worse than the start" in said, said
+    assert mlm("--model", out, "--epochs", 1, "--epoch_length", 1)[0] == 0
+    # a loss that is not finite would never be beaten
+    evaluations = iter((5.0, math.nan))
+    with mock.patch.object(pretrain_mlm, "evaluate", lambda *args: next(evaluations)):
+        status, said, out = mlm(*flags)
+    assert status == 1 and "the held-out loss is nan after step 4" in said.splitlines()[-1], said
+    assert not (out / "model.safetensors").exists()
+
+
 def test_sixty_four_sentences_are_learnt_by_heart():
     """A small model from random weights, new masks at every step."""
     if not FULL:
@@ -3562,6 +3638,28 @@ STORED_POOLER = [[-0.0520373, -0.0431513, 0.0213192, 0.0768633, -0.0953051, 0.01
                  [-0.0112392, 0.0450846, 0.0587121, 0.0795594, -0.1073437, -0.0098406]]
 
 
+def setup_function(check):
+    """Before each check, here and under pytest, which knows this name: a check draws what it draws alone."""
+    seed = seed_of(check.__name__) % 2 ** 32  # NumPy takes no larger one
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def test_every_check_draws_from_its_own_seed():
+    drawn = []
+
+    def draw():
+        drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
+
+    for name in ("test_drawn_first", "test_drawn_second", "test_drawn_first"):
+        draw.__name__ = name
+        with mock.patch.dict(globals(), {name: draw}):
+            assert main([name]) == 0
+    assert drawn[0] == drawn[2], "what ran before a check changes what it draws"
+    assert all(a != b for a, b in zip(*drawn[:2])), "two checks have the same seed"
+
+
 def main(words):
     passed = failed = skipped = 0
     for name, check in list(globals().items()):
@@ -3570,6 +3668,7 @@ def main(words):
         start, said = time.perf_counter(), io.StringIO()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                setup_function(check)
                 check()
         except SkipTest as reason:
             skipped += 1

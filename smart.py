@@ -192,7 +192,7 @@ if __name__ == "__main__":
     from flags import resolve
     from multitask_classifier import MultitaskBERT, build
     from optimizer import AdamW
-    from pcgrad import GradientBuffer
+    from pcgrad import GradientBuffer, use_sparse_gradient
 
     def fit_sentiment_head(model, examples):
         """From what the untrained encoder makes of some sentences."""
@@ -235,7 +235,8 @@ if __name__ == "__main__":
         steps = [[(task, collate(data[task]["train"],
                                  generator.permutation(len(data[task]["train"]))[:args.batch_size[task]]))
                   for task in args.tasks] for _ in range(5)]
-        model.to(args.device).train().bert.word_embedding.sparse = True  # as in training
+        model.to(args.device).train()
+        use_sparse_gradient(model.bert.word_embedding)
         median = step_times(model, AdamW(model.parameters(), lr=1e-5),
                             GradientBuffer(model.shared_parameters(), {task: model.own_parameters(task) for task in args.tasks}),
                             {task: TASKS[task].kind for task in args.tasks}, steps)
