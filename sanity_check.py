@@ -48,7 +48,7 @@ import pcgrad
 import pretrain_mlm
 import smart
 from bert import BertConfig, BertModel, Dropout, our_name, published_name
-from checkpoint import exit_status
+from checkpoint import Run, exit_status
 from curves import read_metrics
 from data import download, tasks
 from data.batches import ONE_TASK_A_STEP, SCHEDULES, Schedule, Stream, collate, evaluation_batches, seed_of
@@ -588,6 +588,17 @@ def test_pcgrad_leaves_no_conflict_between_two():
     g = torch.tensor([[2.0, 1.0, -3.0, 1.0], [-1.0, 0.5, 1.0, 2.0]])
     projected = pcgrad.pcgrad(pcgrad.gram_matrix(g), seed=0).float() @ g
     assert g[0] @ g[1] < 0 and abs(projected[0] @ g[1]) < 1e-5 and abs(projected[1] @ g[0]) < 1e-5
+
+
+def test_gram_matrices_add_up_over_blocks():
+    """On the CPU and off it, with a last block that is not full; products of 10,000 numbers."""
+    J = torch.randn(3, 10_000, generator=torch.Generator().manual_seed(18)) + 1
+    expected = J.double() @ J.double().T
+    for block in (1000, 3000, 1 << 20):
+        with mock.patch.object(pcgrad, "BLOCK", block):
+            for gram in (pcgrad.gram_matrix(J), pcgrad.gram_matrix_on_gpu(J)):
+                assert gram.dtype == torch.float64 and gram.device.type == "cpu"
+                assert (gram - expected).abs().max() < 1e-5 * expected.max(), block
 
 
 def test_pcgrad_without_conflict_is_the_plain_sum():
@@ -1343,6 +1354,43 @@ def test_each_flag_changes_the_run():
     assert not torch.equal(frozen["heads.sst.linear.weight"], base["heads.sst.linear.weight"])
 
 
+def test_defaults_are_those_of_the_papers_and_the_course():
+    def defaults(*argv):
+        return vars(multitask_classifier.resolve(["--option", "finetune", *argv]))
+
+    expected = {
+        "lr": 1e-4, "lr_schedule": "linear", "warmup": 0.1, "weight_decay": 0.0, "clip": 1.0, "epochs": 10,
+        "seed": 11711, "schedule": "round_robin", "epoch_length": "longest", "accumulate": 1,
+        "batch_size": {"sst": 16, "para": 32, "sts": 12}, "pooling": "mean", "hidden_dropout_prob": 0.3,
+        "pair_head": {"para": "cosine", "sts": "cosine"}, "sst_loss": "ce", "surgery": None,
+        "surgery_scope": "vector", "smart": None, "proximal": None, "pal": None, "limit": None,
+        "save_every": 5.0, "trained": ["sst", "para", "sts"]}
+    assert expected.items() <= defaults().items()
+    assert defaults("--tasks", "cfimdb")["batch_size"] == {"cfimdb": 8}
+    assert defaults("--schedule", "mixed")["batch_size"] == 20
+    assert vars(multitask_classifier.resolve([])).items() >= {
+        "option": "pretrain", "lr": 1e-3, "pair_head": {"para": "cross", "sts": "cross"}}.items()
+    given = defaults("--smart", "--proximal", "--pal")
+    assert given["smart"] == {"weight": 5.0, "eps": 1e-5, "sigma": 1e-5, "step": 1e-3, "steps": 1, "norm": "inf"}
+    assert given["smart_tasks"] == ["sst", "para", "sts"]
+    assert given["proximal"] == {"mu": 1.0, "beta": None}  # None: .99, then .999
+    assert given["pal"] == {"g": "attention", "size": 204}
+    for option, flag in (("smart", "eps=1"), ("proximal", "mu=2"), ("pal", "size=8")):
+        name, value = flag.split("=")
+        assert defaults(f"--{option}", flag)[option] == {**given[option], name: float(value)}
+    # the classes have the same
+    of_class, of_flags = vars(smart.Smoothness(KINDS)), vars(smart.Smoothness(KINDS, **given["smart"]))
+    assert of_class == of_flags
+    proximal = smart.Proximal(nn.Linear(1, 1), KINDS)
+    assert {"mu": proximal.mu, "beta": proximal.beta} == given["proximal"]
+    assert pcgrad.VACCINE_BETA == 0.01
+    assert AdamW([nn.Parameter(torch.zeros(1))]).defaults == {
+        "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "correct_bias": True}
+    expected = {"epochs": 4, "batch_size": 32, "lr": 1e-4, "warmup": 0.1, "weight_decay": 0.01, "clip": 1.0,
+                "whole_word": False, "seed": 11711, "tasks": ["sst", "para", "sts"], "save_every": 5.0}
+    assert expected.items() <= vars(pretrain_mlm.resolve(["--out", "x"])).items()
+
+
 def test_epochs_are_as_long_as_asked():
     """24 rows of each task; sst=16, para=32, sts=12 by default."""
     for flags, steps in ((["longest"], 2), (["shortest"], 1), ([5], 5), (["longest", "--batch_size", 5], 5),
@@ -1356,7 +1404,7 @@ def test_epochs_are_as_long_as_asked():
 
 def test_the_training_loop_does_what_its_flags_say():
     """Seven steps an epoch, three to an update: what reaches the optimizer, and what reaches the model."""
-    seen, zeroed, batches = [], [], []
+    seen, zeroed, batches, orders = [], [], [], []
 
     class Recorder(AdamW):
         def step(self):
@@ -1373,6 +1421,10 @@ def test_the_training_loop_does_what_its_flags_say():
             zeroed.append(len(seen))
             super().zero()
 
+        def combine(self, seed):
+            orders.append(seed)
+            super().combine(seed)
+
     def recorded(examples, rows):
         batches.append((examples.task.name, tuple(rows), torch.initial_seed()))
         return collate(examples, rows)
@@ -1380,7 +1432,7 @@ def test_the_training_loop_does_what_its_flags_say():
     flags = ["--accumulate", 3, "--epochs", 2, "--clip", 0.01, "--weight_decay", 0.1, "--warmup", 0.5, "--batch_size", 4]
     with mock.patch.multiple(multitask_classifier, AdamW=Recorder, GradientBuffer=Buffer, collate=recorded):
         for surgery in ([], ["--pcgrad"]):
-            del seen[:], zeroed[:], batches[:]
+            del seen[:], zeroed[:], batches[:], orders[:]
             status, said, _ = run(*flags, *surgery, steps=7)
             assert status == 0, said
             rates = [learning_rate(1e-4, u / 7, warmup=0.5) for u in range(1, 7)]
@@ -1388,9 +1440,41 @@ def test_the_training_loop_does_what_its_flags_say():
             assert all(abs(norm - 0.01) < 1e-5 for _, _, norm in seen), seen  # the global norm, after surgery
             assert zeroed == [0, 1, 2, 3, 3, 4, 5, 6]  # at each epoch's start, and after each update
             assert [task for task, _, _ in batches] == ["sst", "para", "sts"] * 14
-            assert len({seed for _, _, seed in batches}) == 42, "every batch has dropout masks of its own"
+            masks = {seed for _, _, seed in batches}
+            assert len(masks) == 42, "every batch has dropout masks of its own"
+            assert len(set(orders)) == len(orders) == 6, "every update has projections in its own order"
             rows = [rows for task, rows, _ in batches if task == "sst"]
             assert sorted(sum(rows[:6], ())) == list(range(24)) == sorted(sum(rows[6:12], ())) and rows[:6] != rows[6:12]
+        first, first_orders = masks, set(orders)
+        del batches[:], orders[:]
+        assert run(*flags, "--pcgrad", "--seed", 1, steps=7)[0] == 0
+        assert not first & {seed for _, _, seed in batches} and not first_orders & set(orders)
+
+
+def test_processes_share_a_batch_and_no_dropout_mask():
+    root, seen = workspace(), {0: [], 1: []}
+    args = multitask_classifier.resolve([*map(str, (
+        "--option", "finetune", "--model", root / "tiny", "--data_dir", root / "data"))])
+    with contextlib.redirect_stdout(io.StringIO()):
+        model, data = multitask_classifier.build(args, tasks.locate(args), root / "tiny")
+    batches = [(task, np.arange(7)) for task in KINDS]
+    for rank in seen:
+        def recorded(examples, rows):
+            seen[rank].append(rows.tolist())
+            return collate(examples, rows)
+
+        def loss(training, task, batch, seed):
+            seen[rank].append(seed)
+            return real(training, task, batch, seed)
+
+        real = multitask_classifier.Training.loss
+        training = multitask_classifier.Training(args, model.train(), data)
+        with mock.patch.multiple(multitask_classifier, rank_and_world=lambda: (rank, 2),
+                                 collate=recorded), \
+                mock.patch.object(multitask_classifier.Training, "loss", loss):
+            training.train_step(batches)
+    assert (seen[0][::2], seen[1][::2]) == ([[0, 2, 4, 6]] * 3, [[1, 3, 5]] * 3)
+    assert len({*seen[0][1::2], *seen[1][1::2]}) == 6, "dropout masks of their own"
 
 
 def test_the_best_epoch_is_kept():
@@ -1620,6 +1704,10 @@ def test_ordinal_log_loss():
     value = loss(saturated, torch.tensor([4.0]), 1.0)
     value.backward()
     assert abs(value - 194.5) < 0.1 and saturated.grad.isfinite().all() and saturated.grad[0, 0] > 1
+    for name, expected in (("ce", math.log(5)), ("oll1", 1.339), ("oll1.5", 1.709), ("oll2", 2.231)):
+        model, _ = three_task_model(sst_loss=name)
+        found = model.loss("sst", mock.Mock(labels=two), torch.zeros(1, 5))
+        assert abs(found - expected) < 5e-4, name
     assert run("--sst_loss", "oll2")[0] == 0
 
 
@@ -1665,9 +1753,11 @@ def test_projected_attention_layers():
         batches = {task: collate(examples[task], np.arange(8)) for task in examples}
         for task, batch in batches.items():
             assert torch.equal(model.eval().logits(task, batch), without.eval().logits(task, batch))
-        # against the equation, written out on one sentence
-        for parameter in model.pal.parameters():
-            nn.init.normal_(parameter, std=0.1)
+        # against the equation, written out on one sentence; every parameter away from 0 and 1, so
+        # that the layer's input h, LayerNorm(h) and the attention block's output differ
+        torch.manual_seed(19)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
         sentence = torch.tensor([examples["sst"].tokens[0][0][0]])
         hidden = model.bert.embed(sentence)[0]
         packing = attention.Packing(torch.ones_like(sentence))
@@ -1784,14 +1874,18 @@ def test_a_share_of_the_rows():
         return real(examples, rows)
 
     ids = []
-    for share in (0.5, 0.25):
+    for share, seed in ((0.5, 11711), (0.25, 11711), (0.5, 1)):
         seen.clear()
+        flags = ["--limit", f"para={share}", "--batch_size", 4, "--seed", seed]
         with mock.patch.object(multitask_classifier, "collate", collate_and_note):
-            status, said, folder = run("--limit", f"para={share}", "--batch_size", 4, steps=12)
+            status, said, folder = run(*flags, steps=12)
         assert status == 0 and f"para: trained on {round(24 * share)} of its 24 rows" in said, said
         assert (len(seen["para"]), len(seen["sst"])) == (24 * share, 24)
         ids.append((seen["para"], folder))
     assert ids[1][0] < ids[0][0], "the smaller share is a part of the larger"
+    in_order = read_examples(workspace() / "data" / "quora-train.csv", TASKS["para"]).ids
+    assert {*in_order[:12]} != ids[0][0] != ids[2][0], "drawn from the whole file, by the seed"
+    del ids[2]
     folders = [folder for _, folder in ids]
     folders += [run("--limit", f"para={share}", "--schedule", "mtdnn")[2] for share in (1, 0.5, 0.25)]
     picture = workspace() / "study.png"
@@ -1853,6 +1947,46 @@ def test_scores():
     assert evaluation.f1_scores(TASKS["sts"], labels, labels) == {}
 
 
+def test_decisions():
+    found = evaluation.decide(TASKS["para"], np.array([[-3.0], [-0.01], [0.01], [0.39], [3.0]]))
+    assert found.tolist() == [0, 0, 1, 1, 1], "a probability above one half"
+    assert evaluation.decide(TASKS["sst"], np.array([[0.0, 2, 1, -1, 0], [1, 0, 0, 0, 3]])).tolist() == [1, 4]
+    assert evaluation.decide(TASKS["sts"], np.array([[-0.5], [2.25], [5.5]])).tolist() == [-0.5, 2.25, 5.5]
+
+
+def test_train_scores_are_those_of_a_seeded_sample():
+    """Of a model that is always right on the training rows and says 1 of every dev row."""
+    model, examples = three_task_model()
+    data = {task: {"train": part.take(np.arange(3000) % 24), "dev": part.take(np.arange(20))}
+            for task, part in examples.items()}
+    data["aux"] = {"train": data["sst"]["train"]}  # an auxiliary task has no dev set
+    samples = {}
+
+    def right(model, task, part, rows=None):
+        answers = np.ones(20) if rows is None else part.labels[rows]
+        if rows is not None:
+            samples[task] = rows.tolist()
+        return np.eye(5)[answers.astype(int)] if part.task.kind == "classes" else (
+            answers[:, None] * 2.0 - (part.task.kind == "binary"))
+
+    with mock.patch.object(evaluation, "predict", right), contextlib.redirect_stdout(io.StringIO()):
+        scores = evaluation.evaluate(model, data, seed=1)
+        first = dict(samples)
+        assert evaluation.evaluate(model, data, seed=1) == scores and samples == first
+        evaluation.evaluate(model, data, seed=2)
+    assert all(abs(score - 1) < 1e-6 for score in scores["train"].values()), scores
+    ones = {task: float((data[task]["dev"].labels == 1).mean()) for task in ("sst", "para")}
+    assert scores["dev"] == {**ones, "sts": 0.0} and 0 < ones["sst"] < 1 and set(scores["train"]) == set(data)
+    f1 = {task: 2 * share / (1 + share) for task, share in ones.items()}
+    assert abs(scores["f1"]["para"]["positive"] - f1["para"]) < 1e-9
+    assert abs(scores["f1"]["sst"]["1"] - f1["sst"]) < 1e-9 and set(scores["f1"]) == {"sst", "para"}
+    assert scores["overall_2023"] == sum(scores["dev"].values()) / 3
+    for task, rows in first.items():  # no row twice, and from the whole set
+        assert len(rows) == len(set(rows)) == 2000 and max(rows) > 2900 and min(rows) < 100, task
+        assert samples[task] != rows and sorted(samples[task]) != sorted(rows), "another seed"
+    assert sorted(first["sst"]) != sorted(first["para"]) != sorted(first["sts"])
+
+
 def test_errors_are_the_worst_rows():
     wrong = evaluation.wrongness(TASKS["sst"], np.array([[0.0, 0, 0, 0, 0], [9, 0, 0, 0, 0]]), np.array([1.0, 1]))
     assert abs(wrong[0] - math.log(5)) < 1e-6 and 9 < wrong[1] < 9.1
@@ -1869,6 +2003,19 @@ def test_errors_are_the_worst_rows():
     best = read_metrics(folder, "evaluation")[-1]
     assert sum(row["task"] == "sst" for row in rows) == round(8 * (1 - best["dev"]["sst"])), "what was right is no error"
     assert "rows of each label by what was predicted" in said
+    # of 120 wrong similarities and 120 wrong classes the worst fifty
+    _, examples = three_task_model()
+    examples = {task: examples[task].take(np.arange(120) % 24) for task in ("sts", "sst")}
+    off = np.random.default_rng(0).permutation(120)
+    for task in examples:
+        examples[task].ids = [f"{task} off by {n}" for n in off]
+    logits = np.zeros((120, 5))
+    logits[np.arange(120), (examples["sst"].labels + 1).astype(int) % 5] = off + 1.0
+    evaluation.write_errors(folder / "errors.csv", [
+        (examples["sts"], examples["sts"].labels[:, None] + off[:, None] / 100), (examples["sst"], logits)])
+    with open(folder / "errors.csv", encoding="utf-8", newline="") as file:
+        rows = [(row["task"], row["id"]) for row in csv.DictReader(file, delimiter="\t")]
+    assert rows == [(task, f"{task} off by {119 - n}") for task in examples for n in range(50)]
 
 
 def test_a_run_leaves_what_it_promises():
@@ -2312,6 +2459,20 @@ def test_a_killed_run_goes_on_to_the_same_bits():
     assert quietly(multitask_classifier.main, "--resume", whole)[0] == 0 and remains(whole)[0] == before[0]  # a finished one
 
 
+def test_saving_is_due_after_minutes():
+    folder = Path(tempfile.mkdtemp(dir=workspace())) / "run"
+    kept, now = Run(folder, {}), time.perf_counter()
+    for seconds, minutes, due in ((0, 1, False), (59, 1, False), (61, 1, True), (299, 5, False),
+                                  (301, 5, True), (0, 0, True)):
+        kept.saved_at = now - seconds
+        with mock.patch.object(time, "perf_counter", lambda: now):
+            assert kept.due(minutes) == due, (seconds, minutes)
+    kept.start()
+    kept.saved_at = now - 301
+    kept.save({})
+    assert not kept.due(5), "counted from the last save"
+
+
 def test_kill_9_at_twenty_random_moments():
     if not FULL:
         raise SkipTest("with --full")
@@ -2544,6 +2705,49 @@ def test_masks_are_drawn_anew_and_from_training_text():
     found = [{tuple(ids.tolist()): mask for ids, mask in zip(*seen[i])} for i in (1, 3)]
     assert found[0].keys() == found[1].keys() and not (found[0].keys() & {tuple(ids.tolist()) for ids in seen[0][0]})
     assert sum(torch.equal(found[0][ids], found[1][ids]) for ids in found[0]) < len(found[0]) / 2
+
+
+def test_the_pretraining_loop_does_what_its_flags_say():
+    """Two epochs of five steps: what reaches the optimizer, and what the model draws."""
+    seen, drawn, real = [], [], pretrain_mlm.predict_masked
+
+    class Recorder(AdamW):
+        def step(self):
+            decay, plain = self.param_groups
+            gradients = [p.grad for p in decay["params"] + plain["params"] if p.grad is not None]
+            norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+            seen.append((decay["lr"], plain["lr"], norm))
+            assert decay["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+            assert all(p.ndim >= 2 for p in decay["params"]) and all(p.ndim < 2 for p in plain["params"])
+            super().step()
+
+    def recorded(model, *args):
+        if model.training:  # the seeds of dropout and of the masks
+            drawn.append((torch.initial_seed(), args[-1]))
+        return real(model, *args)
+
+    def still(model, batch, vocabulary, whole_word, seed):  # the same masks at every step
+        torch.manual_seed(0)
+        return real(model, batch, vocabulary, whole_word, 0)
+
+    flags = ["--epochs", 2, "--epoch_length", 5, "--batch_size", 4, "--weight_decay", 0.1, "--warmup", 0.5]
+    with mock.patch.multiple(pretrain_mlm, AdamW=Recorder, predict_masked=recorded):
+        status, said, _ = mlm(*flags, "--clip", 0.01)
+        assert status == 0, said
+        rates = [learning_rate(1e-4, n / 11, warmup=0.5) for n in range(1, 11)]
+        assert [(a, b) for a, b, _ in seen] == [(rate, rate) for rate in rates]
+        assert all(abs(norm - 0.01) < 1e-5 for _, _, norm in seen), seen
+        assert len({seed for pair in drawn for seed in pair}) == 20, "dropout and masks are drawn anew"
+        first = {seed for pair in drawn for seed in pair}
+        del drawn[:]
+        assert mlm(*flags, "--seed", 1)[0] == 0
+        assert not first & {seed for pair in drawn for seed in pair}
+    del seen[:]
+    whole = mock.Mock(side_effect=lambda text, rows: collate(text, np.sort(rows)))
+    with mock.patch.multiple(pretrain_mlm, AdamW=Recorder, predict_masked=still, collate=whole):
+        flags = ["--lr", 0, "--clip", 1000, "--batch_size", 1000, "--epochs", 3, "--weight_decay", 0.1]
+        assert mlm(*flags)[0] == 0
+    assert len(seen) == 3 and seen[0][2] > 0 and len({norm for _, _, norm in seen}) == 1, "no gradient stays"
 
 
 def test_only_chosen_positions_are_decoded():
