@@ -130,7 +130,8 @@ def gram_matrix(J):
 
 
 def gram_matrix_on_gpu(J):  # one product per block: a GPU wants few launches
-    return torch.stack([block @ block.T for block in J.split(BLOCK, dim=1)]).cpu().double().sum(dim=0)
+    grams = torch.stack([block @ block.T for block in J.split(BLOCK, dim=1)])
+    return grams.cpu().double().sum(dim=0)
 
 
 def visits(K, seed):

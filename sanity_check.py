@@ -1033,7 +1033,10 @@ def test_regularisers_in_training():
 
     with mock.patch.object(multitask_classifier, "Proximal", Recorder):
         assert run("--proximal", "--accumulate", 3, "--epochs", 2, steps=7)[0] == 0
-    assert seen == [n / 6 for n in range(1, 7)], "once after each optimizer step"
+        assert seen == [n / 6 for n in range(1, 7)], "once after each optimizer step"
+        seen.clear()
+        assert run("--proximal", "--optimizer_per_task", "--schedule", "mtdnn", steps=6)[0] == 0
+    assert seen == [n / 6 for n in range(1, 7)], "whichever task's optimizer it is"
     last = torch.load(folder / "last.pt", weights_only=True)
     assert not torch.equal(last["teacher"]["bert.pos_embedding.weight"], last["model"]["bert.pos_embedding.weight"])
 
@@ -1239,6 +1242,8 @@ def test_mtdnn_shuffles_the_union():
             assert sorted(row for (name, rows), in steps for row in rows.tolist() if name == task) == list(range(size))
     orders = [[name for (name, _), in steps] for steps in epochs()]
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0], key=list(sizes).index)
+    other_seed = Schedule("mtdnn", sizes, 8, "longest", 2)
+    assert [name for name, in other_seed.tasks(0)] not in orders
     # epochs of another length are cut from the same passes, and no batch is left out or comes twice
     whole, parts = sum(epochs(), []), sum(epochs(10, n=7), [])
     assert [(name, rows.tolist()) for (name, rows), in parts] == [(name, rows.tolist()) for (name, rows), in whole[:70]]
@@ -1258,6 +1263,8 @@ def test_annealed_draws_as_published():
     assert np.abs(alone.probabilities(0) - np.array([0.951, 0.029, 0.020])).max() < 6e-4, "a = 1 where there is one epoch"
     even = Schedule("annealed", {"a": 20, "b": 20}, 5, 30, 1, epochs=4)
     assert even.tasks(0) != even.tasks(1), "drawn anew in every epoch"
+    other_seed = Schedule("annealed", {"a": 20, "b": 20}, 5, 30, 2, epochs=4)
+    assert even.tasks(0) != other_seed.tasks(0)
     small = Schedule("annealed", {"a": 30, "b": 20}, 5, 15, 1, epochs=4)
     rows = [(name, r.tolist()) for e in range(4) for (name, r), in small.epoch(e)]
     for name in "ab":  # each task's batches follow each other over the epochs, as its own stream has them
@@ -1270,6 +1277,7 @@ def test_a_stream_is_a_function_of_its_position():
     stream = Stream(10, 3, 1, "sst")
     assert [stream.rows(n).tolist() for n in reversed(range(12))] == forwards[::-1]
     assert [len(batch) for batch in forwards[:4]] == [3, 3, 3, 1]
+    assert [Stream(10, 3, 1, "para").rows(n).tolist() for n in range(12)] != forwards
     assert seed_of(1, 2, "sst") != seed_of(12, "sst") and 0 <= seed_of("x") < 2 ** 63
 
 
@@ -1348,6 +1356,9 @@ def test_each_flag_changes_the_run():
     assert not same(trained("--pcgrad", steps=30), trained("--gradvac", steps=30)), "targets that have moved"
     measured = trained("--log_gradients", steps=3)  # changes the order of the sums, and nothing else
     assert all((measured[name] - base[name]).abs().max() < 1e-6 for name in base)
+    drawn, again, other = (trained("--lr", 0, "--seed", seed)["heads.sst.linear.weight"]
+                           for seed in (1, 1, 2))
+    assert torch.equal(drawn, again) and not torch.equal(drawn, other), "new heads have the seed"
     frozen = trained(steps=3, option="pretrain")
     encoder = load_file(workspace() / "tiny" / "model.safetensors")
     assert all(torch.equal(frozen["bert." + name], encoder[name]) for name in encoder)
@@ -1359,19 +1370,21 @@ def test_defaults_are_those_of_the_papers_and_the_course():
         return vars(multitask_classifier.resolve(["--option", "finetune", *argv]))
 
     expected = {
-        "lr": 1e-4, "lr_schedule": "linear", "warmup": 0.1, "weight_decay": 0.0, "clip": 1.0, "epochs": 10,
-        "seed": 11711, "schedule": "round_robin", "epoch_length": "longest", "accumulate": 1,
-        "batch_size": {"sst": 16, "para": 32, "sts": 12}, "pooling": "mean", "hidden_dropout_prob": 0.3,
-        "pair_head": {"para": "cosine", "sts": "cosine"}, "sst_loss": "ce", "surgery": None,
-        "surgery_scope": "vector", "smart": None, "proximal": None, "pal": None, "limit": None,
-        "save_every": 5.0, "trained": ["sst", "para", "sts"]}
+        "lr": 1e-4, "lr_schedule": "linear", "warmup": 0.1, "weight_decay": 0.0, "clip": 1.0,
+        "epochs": 10, "seed": 11711, "schedule": "round_robin", "epoch_length": "longest",
+        "accumulate": 1, "batch_size": {"sst": 16, "para": 32, "sts": 12}, "pooling": "mean",
+        "hidden_dropout_prob": 0.3, "pair_head": {"para": "cosine", "sts": "cosine"},
+        "sst_loss": "ce", "surgery": None, "surgery_scope": "vector", "smart": None,
+        "proximal": None, "pal": None, "limit": None, "save_every": 5.0,
+        "trained": ["sst", "para", "sts"]}
     assert expected.items() <= defaults().items()
     assert defaults("--tasks", "cfimdb")["batch_size"] == {"cfimdb": 8}
     assert defaults("--schedule", "mixed")["batch_size"] == 20
     assert vars(multitask_classifier.resolve([])).items() >= {
         "option": "pretrain", "lr": 1e-3, "pair_head": {"para": "cross", "sts": "cross"}}.items()
     given = defaults("--smart", "--proximal", "--pal")
-    assert given["smart"] == {"weight": 5.0, "eps": 1e-5, "sigma": 1e-5, "step": 1e-3, "steps": 1, "norm": "inf"}
+    assert given["smart"] == {"weight": 5.0, "eps": 1e-5, "sigma": 1e-5, "step": 1e-3, "steps": 1,
+                              "norm": "inf"}
     assert given["smart_tasks"] == ["sst", "para", "sts"]
     assert given["proximal"] == {"mu": 1.0, "beta": None}  # None: .99, then .999
     assert given["pal"] == {"g": "attention", "size": 204}
@@ -1379,15 +1392,15 @@ def test_defaults_are_those_of_the_papers_and_the_course():
         name, value = flag.split("=")
         assert defaults(f"--{option}", flag)[option] == {**given[option], name: float(value)}
     # the classes have the same
-    of_class, of_flags = vars(smart.Smoothness(KINDS)), vars(smart.Smoothness(KINDS, **given["smart"]))
-    assert of_class == of_flags
+    assert vars(smart.Smoothness(KINDS)) == vars(smart.Smoothness(KINDS, **given["smart"]))
     proximal = smart.Proximal(nn.Linear(1, 1), KINDS)
     assert {"mu": proximal.mu, "beta": proximal.beta} == given["proximal"]
     assert pcgrad.VACCINE_BETA == 0.01
     assert AdamW([nn.Parameter(torch.zeros(1))]).defaults == {
         "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "correct_bias": True}
-    expected = {"epochs": 4, "batch_size": 32, "lr": 1e-4, "warmup": 0.1, "weight_decay": 0.01, "clip": 1.0,
-                "whole_word": False, "seed": 11711, "tasks": ["sst", "para", "sts"], "save_every": 5.0}
+    expected = {"epochs": 4, "batch_size": 32, "lr": 1e-4, "warmup": 0.1, "weight_decay": 0.01,
+                "clip": 1.0, "whole_word": False, "seed": 11711, "tasks": ["sst", "para", "sts"],
+                "save_every": 5.0}
     assert expected.items() <= vars(pretrain_mlm.resolve(["--out", "x"])).items()
 
 
@@ -1442,7 +1455,7 @@ def test_the_training_loop_does_what_its_flags_say():
             assert [task for task, _, _ in batches] == ["sst", "para", "sts"] * 14
             masks = {seed for _, _, seed in batches}
             assert len(masks) == 42, "every batch has dropout masks of its own"
-            assert len(set(orders)) == len(orders) == 6, "every update has projections in its own order"
+            assert len(set(orders)) == len(orders) == 6, "projections in an order of their own"
             rows = [rows for task, rows, _ in batches if task == "sst"]
             assert sorted(sum(rows[:6], ())) == list(range(24)) == sorted(sum(rows[6:12], ())) and rows[:6] != rows[6:12]
         first, first_orders = masks, set(orders)
@@ -1478,24 +1491,31 @@ def test_processes_share_a_batch_and_no_dropout_mask():
 
 
 def test_the_best_epoch_is_kept():
-    scores, encoders = iter((0.2, 0.5, 0.3)), []
+    scores, encoders = iter((0.2, 0.5, 0.3, 0.5)), []
 
     def evaluate(model, data, seed):
+        assert seed == 11711
         encoders.append(model.bert.pos_embedding.weight.detach().clone())
         score = next(scores)
         return {"dev": dict.fromkeys(data, score), "train": dict.fromkeys(data, score), "f1": {}}
 
     with mock.patch.object(multitask_classifier, "evaluate", evaluate):
-        status, said, folder = run("--epochs", 3)
-    assert status == 0 and "best epoch 2" in said, said
+        status, said, folder = run("--epochs", 4)
+    assert status == 0 and "best epoch 2" in said, said  # of two that are equal the first
     saved = load_file(folder / "model.safetensors")["bert.embeddings.position_embeddings.weight"]
-    assert torch.equal(saved, encoders[1]) and not torch.equal(saved, encoders[2])
+    assert torch.equal(saved, encoders[1]) and not torch.equal(saved, encoders[3])
     last = torch.load(folder / "last.pt", weights_only=True)
-    assert last["epoch"] == 3 and torch.equal(last["model"]["bert.pos_embedding.weight"], encoders[2])
+    assert last["epoch"] == 4
+    assert torch.equal(last["model"]["bert.pos_embedding.weight"], encoders[3])
 
 
 def test_regressions_start_in_the_middle_and_heads_drop_out():
     assert multitask_classifier.Head(TASKS["sts"], "uv", 16, 0.0).linear.bias.tolist() == [2.5]
+    cosine = multitask_classifier.Head(TASKS["para"], "cosine", 16, 0.0)
+    assert (float(cosine.weight), float(cosine.bias)) == (10, -7), "decides at a cosine of .7"
+    torch.manual_seed(20)
+    linear = multitask_classifier.Head(TASKS["sst"], "single", 768, 0.0).linear
+    assert abs(linear.weight.std() - 0.02) < 0.002 and not linear.bias.any()
     for kind in ("cross", "uv", "uv_diff"):
         head, pooled = multitask_classifier.Head(TASKS["para"], kind, 16, 0.5), torch.randn(8, 16)
         assert not torch.equal(head(pooled), head(pooled)) and torch.equal(head.eval()(pooled), head(pooled))
@@ -1525,6 +1545,27 @@ def test_a_diverged_run_fails():
     status, said, folder = run("--tasks", "sst", "--lr", 1e39, "--clip", 0, "--warmup", 0, "--lr_schedule", "constant", steps=1)
     assert status == 1 and "is not finite after 1 steps" in said, said
     assert not (folder / "model.safetensors").exists() and not (folder / "last.pt").exists()
+
+
+def test_logged_gradients_are_means_since_the_last_line():
+    real, noted = multitask_classifier.diagnostics, []
+
+    def diagnostics(*args):
+        noted.append(real(*args))
+        return noted[-1]
+
+    with mock.patch.object(multitask_classifier, "diagnostics", diagnostics):
+        status, said, folder = run("--pcgrad", steps=13)
+    found = [line["gradients"]["cosine"] for line in read_metrics(folder, "step")]
+    assert len(noted) == 13 and len(found) == 2, said
+    for cosines, records in zip(found, (noted[:10], noted[10:])):
+        for pair, cosine in cosines.items():
+            assert abs(cosine - np.mean([record["cosine"][pair] for record in records])) < 1e-9
+    # on the screen those of the epoch
+    for pair in found[0]:
+        cosine = np.mean([record["cosine"][pair] for record in noted])
+        conflict = np.mean([record["cosine"][pair] < 0 for record in noted])
+        assert f"{pair} cosine {cosine:.3f}, in conflict {conflict:.0%}, " in said, said
 
 
 def test_gradients_are_logged():
@@ -1642,6 +1683,21 @@ def test_predictions_go_where_they_are_asked_to():
     assert len(list((run_folder / "predictions").iterdir())) == 4
 
 
+def test_predictions_are_in_the_courses_format():
+    _, examples = three_task_model()
+    path = workspace() / "submission.csv"
+    outputs = {"sst": np.eye(5)[[3, 0]], "para": np.array([[-0.1], [0.1]]),
+               "sts": np.array([[2.25], [-0.5]])}
+    written = {"sst": ("Predicted_Sentiment", "3", "0"),
+               "para": ("Predicted_Is_Paraphrase", "0.0", "1.0"),
+               "sts": ("Predicted_Similiary", "2.25", "-0.5")}
+    for task, (heading, *values) in written.items():
+        two = examples[task].take(np.array([4, 2]))
+        evaluation.write_predictions(path, two, outputs[task])
+        lines = [f"id \t {heading} ", *(f"{i} , {value} " for i, value in zip(two.ids, values))]
+        assert path.read_text() == "\n".join(lines) + "\n"
+
+
 def test_amp_is_bfloat16_or_is_refused():
     status, said, _ = run("--amp")
     if not torch.cpu._is_avx512_bf16_supported():
@@ -1704,7 +1760,8 @@ def test_ordinal_log_loss():
     value = loss(saturated, torch.tensor([4.0]), 1.0)
     value.backward()
     assert abs(value - 194.5) < 0.1 and saturated.grad.isfinite().all() and saturated.grad[0, 0] > 1
-    for name, expected in (("ce", math.log(5)), ("oll1", 1.339), ("oll1.5", 1.709), ("oll2", 2.231)):
+    table = {"ce": math.log(5), "oll1": 1.339, "oll1.5": 1.709, "oll2": 2.231}
+    for name, expected in table.items():
         model, _ = three_task_model(sst_loss=name)
         found = model.loss("sst", mock.Mock(labels=two), torch.zeros(1, 5))
         assert abs(found - expected) < 5e-4, name
@@ -1933,6 +1990,9 @@ def test_scores():
     labels = np.array([0, 1, 2, 3], dtype=np.float32)
     assert evaluation.score(TASKS["sst"], np.array([0, 1, 0, 0]), labels) == 0.5
     assert abs(evaluation.score(TASKS["sts"], 3 * labels - 1, labels) - 1) < 1e-6
+    bent = np.array([0.0, 1, 2, 10])  # in the order of the labels, and not in proportion to them
+    pearson = evaluation.score(TASKS["sts"], bent, labels)
+    assert abs(pearson - np.corrcoef(bent, labels)[0, 1]) < 1e-6 and pearson < 0.9
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert evaluation.score(TASKS["sts"], np.ones(4), labels) == 0 and "constant" in said.getvalue()
     overall = evaluation.overall({"sst": 0.5, "para": 0.8, "sts": 0.2})
@@ -1950,8 +2010,10 @@ def test_scores():
 def test_decisions():
     found = evaluation.decide(TASKS["para"], np.array([[-3.0], [-0.01], [0.01], [0.39], [3.0]]))
     assert found.tolist() == [0, 0, 1, 1, 1], "a probability above one half"
-    assert evaluation.decide(TASKS["sst"], np.array([[0.0, 2, 1, -1, 0], [1, 0, 0, 0, 3]])).tolist() == [1, 4]
-    assert evaluation.decide(TASKS["sts"], np.array([[-0.5], [2.25], [5.5]])).tolist() == [-0.5, 2.25, 5.5]
+    logits = np.array([[0.0, 2, 1, -1, 0], [1, 0, 0, 0, 3]])
+    similarities = np.array([-0.5, 2.25, 5.5])
+    assert evaluation.decide(TASKS["sst"], logits).tolist() == [1, 4]
+    assert (evaluation.decide(TASKS["sts"], similarities[:, None]) == similarities).all()
 
 
 def test_train_scores_are_those_of_a_seeded_sample():
@@ -1976,11 +2038,14 @@ def test_train_scores_are_those_of_a_seeded_sample():
         evaluation.evaluate(model, data, seed=2)
     assert all(abs(score - 1) < 1e-6 for score in scores["train"].values()), scores
     ones = {task: float((data[task]["dev"].labels == 1).mean()) for task in ("sst", "para")}
-    assert scores["dev"] == {**ones, "sts": 0.0} and 0 < ones["sst"] < 1 and set(scores["train"]) == set(data)
+    assert scores["dev"] == {**ones, "sts": 0.0} and 0 < ones["sst"] < 1
+    assert set(scores["train"]) == set(data)
     f1 = {task: 2 * share / (1 + share) for task, share in ones.items()}
     assert abs(scores["f1"]["para"]["positive"] - f1["para"]) < 1e-9
     assert abs(scores["f1"]["sst"]["1"] - f1["sst"]) < 1e-9 and set(scores["f1"]) == {"sst", "para"}
     assert scores["overall_2023"] == sum(scores["dev"].values()) / 3
+    shown = evaluation.describe({**scores, "dev": {"para": 0.25}})
+    assert shown == f"dev  para 0.250 (train 1.000, F1 {f1['para']:.3f})", shown
     for task, rows in first.items():  # no row twice, and from the whole set
         assert len(rows) == len(set(rows)) == 2000 and max(rows) > 2900 and min(rows) < 100, task
         assert samples[task] != rows and sorted(samples[task]) != sorted(rows), "another seed"
@@ -2011,8 +2076,9 @@ def test_errors_are_the_worst_rows():
         examples[task].ids = [f"{task} off by {n}" for n in off]
     logits = np.zeros((120, 5))
     logits[np.arange(120), (examples["sst"].labels + 1).astype(int) % 5] = off + 1.0
-    evaluation.write_errors(folder / "errors.csv", [
-        (examples["sts"], examples["sts"].labels[:, None] + off[:, None] / 100), (examples["sst"], logits)])
+    similarities = (examples["sts"].labels + off / 100)[:, None]
+    results = [(examples["sts"], similarities), (examples["sst"], logits)]
+    evaluation.write_errors(folder / "errors.csv", results)
     with open(folder / "errors.csv", encoding="utf-8", newline="") as file:
         rows = [(row["task"], row["id"]) for row in csv.DictReader(file, delimiter="\t")]
     assert rows == [(task, f"{task} off by {119 - n}") for task in examples for n in range(50)]
@@ -2640,6 +2706,31 @@ def test_a_run_answers():
         assert status == 2 and part in said, said
 
 
+def test_answers_are_the_models_outputs():
+    """Probabilities of sst's classes and of a paraphrase; a similarity that is not outside 0..5."""
+    status, said, folder = run("--pair_head", "cross", "--tasks", "sst,para,sts")
+    assert status == 0, said
+    sentence, other = "A quiet film.", "A loud one, at last."
+    for bias, shown in ((9.0, 5.0), (-9.0, 0.0), (2.25, None)):
+        model = MultitaskBERT.load(folder)
+        generator = torch.Generator().manual_seed(21)
+        for head in model.heads.values():
+            nn.init.normal_(head.linear.weight, generator=generator)
+        nn.init.constant_(model.heads["sts"].linear.bias, bias)
+        nn.init.normal_(model.heads["sts"].linear.weight, std=0.1, generator=generator)
+        model.save(folder, folder)
+        status, said = quietly(multitask_classifier.main, "--predict", folder, sentence, other)
+        answer, logits = json.loads(said.splitlines()[-1]), {}
+        for task in KINDS:
+            texts = [(sentence, other)[:len(TASKS[task].text_columns)]]
+            examples = tasks.Examples(TASKS[task], None, ["x"], texts, None, [])
+            batch = collate(tokenize(examples, model.tokenizer, 64, cross=True), np.arange(1))
+            logits[task] = model.logits(task, batch)[0].detach()
+        assert np.abs(np.array(answer["sst"]) - logits["sst"].softmax(dim=-1).numpy()).max() < 1e-4
+        assert abs(answer["para"] - logits["para"].sigmoid()) < 1e-4 < abs(answer["para"] - 0.5)
+        assert abs(answer["sts"] - (logits["sts"] if shown is None else shown)) < 1e-4
+
+
 # ---------------------------------------------------------------- pretrain_mlm.py
 
 def mlm(*flags, out=None):
@@ -2669,6 +2760,7 @@ def test_masks_have_their_shares():
     for whole_word in (False, True):
         vocabulary, batches = mlm_batches(passes=6)
         generator, tokens, kinds = np.random.default_rng(0), 0, np.zeros(3)
+        random_tokens = set()
         for ids in batches:
             masked, chosen = pretrain_mlm.mask_tokens(ids, vocabulary, whole_word, generator)
             special = torch.from_numpy(vocabulary.special)[ids]
@@ -2677,6 +2769,7 @@ def test_masks_have_their_shares():
             tokens += int((~special).sum())
             kept, mask = masked[chosen] == ids[chosen], masked[chosen] == vocabulary.mask
             kinds += [int(mask.sum()), int((~mask & ~kept).sum()), int(kept.sum())]
+            random_tokens.update(masked[chosen][~mask & ~kept].tolist())
             if whole_word:  # a continuation is chosen exactly where the piece before it is
                 inside = torch.from_numpy(vocabulary.continuation)[ids[:, 1:]]
                 assert torch.equal(chosen[:, 1:][inside], chosen[:, :-1][inside]) and inside.any()
@@ -2685,6 +2778,74 @@ def test_masks_have_their_shares():
                 assert torch.equal(chosen.sum(dim=1), torch.tensor([max(1, round(0.15 * int(n))) for n in counts]))
         assert tokens > 1e5 and abs(kinds.sum() / tokens - 0.15) < 0.005, (tokens, kinds.sum() / tokens)
         assert np.abs(kinds / kinds.sum() - [0.8, 0.1, 0.1]).max() < 0.01, kinds / kinds.sum()
+        assert len(random_tokens) > 0.9 * TINY.vocab_size, "each position draws its own"
+
+
+def test_the_masked_ids_are_what_the_model_sees():
+    """And the token types of a pair; what was there before is the target alone."""
+    vocabulary, _ = mlm_batches()
+    _, examples = three_task_model()
+    batch = collate(examples["para"], np.arange(20))
+    given = pretrain_mlm.predict_masked(lambda *args: args, batch, vocabulary, False, 3)
+    ids, attention_mask, types, chosen, targets = given
+    masked, positions = pretrain_mlm.mask_tokens(batch.input_ids, vocabulary, False,
+                                                 np.random.default_rng(3))
+    assert torch.equal(ids, masked) and torch.equal(chosen, positions)
+    assert (ids[chosen] == vocabulary.mask).float().mean() > 0.6
+    assert torch.equal(types, batch.token_type_ids) and types.any()
+    assert torch.equal(attention_mask, batch.attention_mask)
+    assert torch.equal(targets, batch.input_ids) and not (targets == vocabulary.mask).any()
+
+
+def test_text_is_read_once_and_a_twentieth_held_out():
+    text = workspace() / "numbers.txt"
+    text.write_text("".join(f"Line {i} of the text.\n" for i in range(100)) * 2)
+    with mock.patch.object(pretrain_mlm, "read_examples", side_effect=AssertionError("no task")):
+        status, said, folder = mlm("--text", text, "--epochs", 1)
+        assert status == 0 and "95 sequences to train on, 5 held out" in said, said
+        with mock.patch.object(pretrain_mlm, "HELD_OUT", 3):
+            assert "97 sequences to train on, 3 held out" in mlm("--text", text, "--epochs", 1)[1]
+    for line in read_metrics(folder, "evaluation"):
+        assert abs(line["perplexity"] / math.exp(line["loss"]) - 1) < 1e-9
+
+
+def test_the_held_out_loss_is_a_mean_over_tokens():
+    seen, seeds, real = [], [], pretrain_mlm.predict_masked
+
+    def recorded(model, *args):
+        logits, targets = real(model, *args)
+        assert not model.training
+        seen.append(F.cross_entropy(logits, targets, reduction="none"))
+        seeds.append(args[-1])
+        return logits, targets
+
+    def batches(examples, rows):  # some of them
+        return evaluation_batches(examples, rows, tokens=60)
+
+    with mock.patch.multiple(pretrain_mlm, predict_masked=recorded, evaluation_batches=batches), \
+            mock.patch.object(pretrain_mlm.Stream, "rows", side_effect=Killed):
+        try:  # before the first step
+            mlm(out=workspace() / "runs" / "mlm-before")
+        except Killed:
+            pass
+    line, = read_metrics(workspace() / "runs" / "mlm-before", "evaluation")
+    assert len({len(losses) for losses in seen}) > 1 and len(set(seeds)) == len(seeds) > 2
+    assert abs(line["loss"] - torch.cat(seen).mean()) < 1e-5
+
+
+def test_gaps_are_filled_with_the_most_probable_tokens():
+    tokenizer = load_tokenizer(workspace() / "tiny")
+    torch.manual_seed(22)
+    model = pretrain_mlm.MaskedLM(BertModel(TINY)).train()
+    film, the = (tokenizer.token_to_id(word) for word in ("film", "the"))
+    model.bias.data[[film, the]] = torch.tensor([30.0, 29.0])
+    filled = pretrain_mlm.fill(model, tokenizer, "a [MASK] that [MASK].")
+    assert len(filled) == 2
+    for best in filled:
+        assert [token for token, _ in best[:2]] == ["film", "the"] and len(best) == 5
+        ratio = best[0][1] / best[1][1]
+        assert abs(best[0][1] + best[1][1] - 1) < 1e-5 and 1.5 < ratio < 5  # e, but for the rest
+    assert filled == pretrain_mlm.fill(model.train(), tokenizer, "a [MASK] that [MASK].")
 
 
 def test_masks_are_drawn_anew_and_from_training_text():
@@ -2705,11 +2866,22 @@ def test_masks_are_drawn_anew_and_from_training_text():
     found = [{tuple(ids.tolist()): mask for ids, mask in zip(*seen[i])} for i in (1, 3)]
     assert found[0].keys() == found[1].keys() and not (found[0].keys() & {tuple(ids.tolist()) for ids in seen[0][0]})
     assert sum(torch.equal(found[0][ids], found[1][ids]) for ids in found[0]) < len(found[0]) / 2
+    held_out = seen[0][0]
+    del seen[:]
+    flags = ["--epochs", 1, "--batch_size", 100, "--whole_word", "--seed", 1]
+    with mock.patch.object(pretrain_mlm, "mask_tokens", recorded):
+        assert mlm(*flags)[0] == 0 and len(seen) == 3
+    texts = [{tuple(ids[ids > 0].tolist()) for ids in part} for part in (held_out, seen[0][0])]
+    assert texts[0] != texts[1], "drawn by the seed"
+    continuation = torch.from_numpy(mlm_batches()[0].continuation)
+    for ids, chosen in seen:  # whole words in training and for the held-out loss
+        inside = continuation[ids[:, 1:]]
+        assert torch.equal(chosen[:, 1:][inside], chosen[:, :-1][inside]) and inside.any()
 
 
 def test_the_pretraining_loop_does_what_its_flags_say():
     """Two epochs of five steps: what reaches the optimizer, and what the model draws."""
-    seen, drawn, real = [], [], pretrain_mlm.predict_masked
+    seen, drawn, losses, heads, real = [], [], [], [], pretrain_mlm.predict_masked
 
     class Recorder(AdamW):
         def step(self):
@@ -2718,36 +2890,47 @@ def test_the_pretraining_loop_does_what_its_flags_say():
             norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
             seen.append((decay["lr"], plain["lr"], norm))
             assert decay["weight_decay"] == 0.1 and plain["weight_decay"] == 0
-            assert all(p.ndim >= 2 for p in decay["params"]) and all(p.ndim < 2 for p in plain["params"])
+            assert all(p.ndim >= 2 for p in decay["params"])
+            assert all(p.ndim < 2 for p in plain["params"])
             super().step()
 
     def recorded(model, *args):
+        seed = torch.initial_seed()
+        logits, targets = real(model, *args)
         if model.training:  # the seeds of dropout and of the masks
-            drawn.append((torch.initial_seed(), args[-1]))
-        return real(model, *args)
+            drawn.append((seed, args[-1]))
+            losses.append(F.cross_entropy(logits, targets, reduction="none").detach())
+            heads.append(model.dense.weight.detach().clone())
+        return logits, targets
 
     def still(model, batch, vocabulary, whole_word, seed):  # the same masks at every step
         torch.manual_seed(0)
         return real(model, batch, vocabulary, whole_word, 0)
 
-    flags = ["--epochs", 2, "--epoch_length", 5, "--batch_size", 4, "--weight_decay", 0.1, "--warmup", 0.5]
+    flags = ["--epochs", 2, "--epoch_length", 5, "--batch_size", 4, "--warmup", 0.5,
+             "--weight_decay", 0.1]
     with mock.patch.multiple(pretrain_mlm, AdamW=Recorder, predict_masked=recorded):
-        status, said, _ = mlm(*flags, "--clip", 0.01)
+        status, said, folder = mlm(*flags, "--clip", 0.01)
         assert status == 0, said
+        shown = [line["loss"] for line in read_metrics(folder, "step")]
+        means = [float(torch.cat(part).mean()) for part in (losses[:5], losses[5:])]
+        assert np.abs(np.array(shown) - means).max() < 1e-5, "means over tokens, since the last"
         rates = [learning_rate(1e-4, n / 11, warmup=0.5) for n in range(1, 11)]
         assert [(a, b) for a, b, _ in seen] == [(rate, rate) for rate in rates]
         assert all(abs(norm - 0.01) < 1e-5 for _, _, norm in seen), seen
-        assert len({seed for pair in drawn for seed in pair}) == 20, "dropout and masks are drawn anew"
         first = {seed for pair in drawn for seed in pair}
+        assert len(first) == 20, "dropout and masks are drawn anew"
         del drawn[:]
         assert mlm(*flags, "--seed", 1)[0] == 0
         assert not first & {seed for pair in drawn for seed in pair}
+        assert not torch.equal(heads[0], heads[10]), "the new head has the seed"
     del seen[:]
     whole = mock.Mock(side_effect=lambda text, rows: collate(text, np.sort(rows)))
     with mock.patch.multiple(pretrain_mlm, AdamW=Recorder, predict_masked=still, collate=whole):
-        flags = ["--lr", 0, "--clip", 1000, "--batch_size", 1000, "--epochs", 3, "--weight_decay", 0.1]
-        assert mlm(*flags)[0] == 0
-    assert len(seen) == 3 and seen[0][2] > 0 and len({norm for _, _, norm in seen}) == 1, "no gradient stays"
+        flags = ["--lr", 0, "--clip", 1000, "--batch_size", 1000, "--weight_decay", 0.1]
+        assert mlm(*flags, "--epochs", 3)[0] == 0
+    norms = [norm for _, _, norm in seen]
+    assert len(norms) == 3 and norms[0] > 0 and len(set(norms)) == 1, "no gradient stays"
 
 
 def test_only_chosen_positions_are_decoded():
