@@ -48,7 +48,7 @@ import pcgrad
 import pretrain_mlm
 import smart
 from bert import BertConfig, BertModel, Dropout, our_name, published_name
-from checkpoint import Run, exit_status
+from checkpoint import Meter, Run, exit_status
 from curves import read_metrics
 from data import download, tasks
 from data.batches import ONE_TASK_A_STEP, SCHEDULES, Schedule, Stream, collate, evaluation_batches, seed_of
@@ -668,6 +668,10 @@ def test_vaccine_through_the_buffer():
         expected = torch.cat([vaccine_reference(p.double(), t, case) for p, t in zip(pieces, theirs)])
         assert (update - expected).norm() < 1e-3 * max(expected.norm(), g.norm()), (K, case, scope)
         assert (ours - theirs).abs().max() < 1e-5, (K, case, scope)
+    # the targets start at 0, one of each pair for each tensor
+    expected = torch.cat([vaccine_reference(p.double(), torch.zeros(6, 6).double(), 0)
+                          for p in (g[:, :3], g[:, 3:])])
+    assert (buffered_update(g, "gradvac", 0, "tensor") - expected).norm() < 1e-3 * g.norm()
 
 
 def test_vaccine_reaches_its_target():
@@ -1221,6 +1225,8 @@ def test_schedules_hold_what_they_say():
     mixed = epoch("mixed")
     assert len(mixed) == 12 and all(sorted(rows(mixed, task)) == list(range(size)) for task, size in sizes.items())
     assert all(abs(len(r) - sizes[name] / 12) < 1 for step in mixed for name, r in step)
+    few = list(Schedule("mixed", {"a": 3, "b": 100}, 2, "longest", 1).epoch(0))
+    assert len(few) == 3 and all(len(r) >= 1 for step in few for _, r in step)
     # the batches of the next epoch, and those of another seed, are composed anew; the same ones come again
     for name in SCHEDULES:
         first = {frozenset(r.tolist()) for step in epoch(name) for _, r in step}
@@ -1385,7 +1391,9 @@ def test_defaults_are_those_of_the_papers_and_the_course():
     given = defaults("--smart", "--proximal", "--pal")
     assert given["smart"] == {"weight": 5.0, "eps": 1e-5, "sigma": 1e-5, "step": 1e-3, "steps": 1,
                               "norm": "inf"}
-    assert given["smart_tasks"] == ["sst", "para", "sts"]
+    auxiliary = defaults("--smart", "--pcgrad", "--aux", "stars=x.csv")
+    assert auxiliary["smart_tasks"] == ["sst", "para", "sts", "stars"]
+    assert auxiliary["gradient_rows"] == [["sst"], ["para"], ["sts"], ["stars"]]
     assert given["proximal"] == {"mu": 1.0, "beta": None}  # None: .99, then .999
     assert given["pal"] == {"g": "attention", "size": 204}
     for option, flag in (("smart", "eps=1"), ("proximal", "mu=2"), ("pal", "size=8")):
@@ -1591,7 +1599,7 @@ def test_two_processes_equal_one():
     (still / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.0}))
     common = ["--option", "finetune", "--model", still, "--data_dir", root / "data", "--hidden_dropout_prob", 0,
               "--epochs", 2, "--epoch_length", 10, "--lr", 1e-3]
-    for name, flags in (("pcgrad", ["--pcgrad", "--batch_size", 5]),
+    for name, flags in (("groups", ["--pcgrad", "sst+para,sts", "--batch_size", 5]),
                         ("gradvac", ["--gradvac", "--batch_size", "sst=5,para=23,sts=1", "--accumulate", 3,
                                      "--proximal", "mu=.5,beta=.9"]),
                         ("annealed", ["--schedule", "annealed", "--accumulate", 3, "--pcgrad", "--batch_size", 5]),
@@ -1609,6 +1617,10 @@ def test_two_processes_equal_one():
         assert (alone["gradvac_targets"] - together["gradvac_targets"]).abs().max() < 1e-6
         for a, b in zip(*(read_metrics(folder, "evaluation") for folder in folders)):
             assert all(abs(a["dev"][task] - b["dev"][task]) < 1e-4 for task in a["dev"])
+        outputs = [[float(line.split(" , ")[1]) for line in
+                    (folder / "predictions" / "sts-dev-output.csv").read_text().splitlines()[1:]]
+                   for folder in folders]
+        assert np.abs(np.subtract(*outputs)).max() < 1e-4
         for a, b in zip(*(read_metrics(folder, "step") for folder in folders)):  # Adam would hide a wrong scale
             assert all(abs(a["losses"][task] - b["losses"][task]) < 1e-4 for task in a["losses"]), (a, b)
 
@@ -1719,7 +1731,23 @@ def test_gpu_is_used_or_refused():
 
 
 def test_accumulated_steps_add_up():
-    """Two steps of one row each, added, are one update: that of the summed losses."""
+    """Two steps of one row each, added, are one update: that of the summed losses. Of a buffer
+    alone, and in training."""
+    root = workspace()
+    args = multitask_classifier.resolve([*map(str, (
+        "--option", "finetune", "--model", root / "tiny", "--data_dir", root / "data",
+        "--tasks", "sst", "--accumulate", 2))])
+    with contextlib.redirect_stdout(io.StringIO()):
+        model, data = multitask_classifier.build(args, tasks.locate(args), root / "tiny")
+    model.eval()  # no dropout
+    training, updates = multitask_classifier.Training(args, model, data), []
+    training.optimizer_step = lambda name: updates.append(training.gradients.J[0].clone())
+    for row in (0, 1):
+        training.train_step([("sst", np.array([row]))])
+    losses = [model.loss("sst", collate(data["sst"]["train"], np.array([row]))) for row in (0, 1)]
+    expected = torch.cat([gradient.to_dense().flatten() for gradient in torch.autograd.grad(
+        sum(losses), model.shared_parameters())])
+    assert len(updates) == 1 and (updates[0] - expected).norm() < 1e-5 * expected.norm()
     model, examples = three_task_model()
     model.eval()  # no dropout
     buffer = pcgrad.GradientBuffer(model.shared_parameters(), heads_of(model))
@@ -1762,9 +1790,11 @@ def test_ordinal_log_loss():
     assert abs(value - 194.5) < 0.1 and saturated.grad.isfinite().all() and saturated.grad[0, 0] > 1
     table = {"ce": math.log(5), "oll1": 1.339, "oll1.5": 1.709, "oll2": 2.231}
     for name, expected in table.items():
-        model, _ = three_task_model(sst_loss=name)
-        found = model.loss("sst", mock.Mock(labels=two), torch.zeros(1, 5))
-        assert abs(found - expected) < 5e-4, name
+        model = MultitaskBERT(BertModel(TINY), dict.fromkeys(("sst", "stars"), TASKS["sst"]), {},
+                              "mean", 0.0, sst_loss=name)
+        found = [float(model.loss(task, mock.Mock(labels=two), torch.zeros(1, 5)))
+                 for task in model.tasks]
+        assert np.abs(np.array(found) - [expected, table["ce"]]).max() < 5e-4, name
     assert run("--sst_loss", "oll2")[0] == 0
 
 
@@ -1943,6 +1973,7 @@ def test_a_share_of_the_rows():
     in_order = read_examples(workspace() / "data" / "quora-train.csv", TASKS["para"]).ids
     assert {*in_order[:12]} != ids[0][0] != ids[2][0], "drawn from the whole file, by the seed"
     del ids[2]
+    assert "para: trained on 1 of its 24 rows" in run("--limit", "para=.001")[1]
     folders = [folder for _, folder in ids]
     folders += [run("--limit", f"para={share}", "--schedule", "mtdnn")[2] for share in (1, 0.5, 0.25)]
     picture = workspace() / "study.png"
@@ -2068,6 +2099,10 @@ def test_errors_are_the_worst_rows():
     best = read_metrics(folder, "evaluation")[-1]
     assert sum(row["task"] == "sst" for row in rows) == round(8 * (1 - best["dev"]["sst"])), "what was right is no error"
     assert "rows of each label by what was predicted" in said
+    counts = [[int(n) for n in row.split()] for row in re.findall(r"label \d ((?: +\d+)+)", said)]
+    sst = read_examples(workspace() / "data" / "ids-sst-dev.csv", TASKS["sst"])
+    of_labels = np.bincount(sst.labels.astype(int), minlength=5)
+    assert np.sum(counts, axis=1).tolist() == of_labels.tolist(), "a row for each label"
     # of 120 wrong similarities and 120 wrong classes the worst fifty
     _, examples = three_task_model()
     examples = {task: examples[task].take(np.arange(120) % 24) for task in ("sts", "sst")}
@@ -2080,8 +2115,14 @@ def test_errors_are_the_worst_rows():
     results = [(examples["sts"], similarities), (examples["sst"], logits)]
     evaluation.write_errors(folder / "errors.csv", results)
     with open(folder / "errors.csv", encoding="utf-8", newline="") as file:
-        rows = [(row["task"], row["id"]) for row in csv.DictReader(file, delimiter="\t")]
-    assert rows == [(task, f"{task} off by {119 - n}") for task in examples for n in range(50)]
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert [row["id"] for row in rows] == [f"{task} off by {119 - n}" for task in examples
+                                           for n in range(50)]
+    for row in rows:
+        part = examples[row["task"]]
+        i = part.ids.index(row["id"])
+        assert tuple(filter(None, (row["sentence1"], row["sentence2"]))) == part.texts[i]
+        assert float(row["label"]) == float(f"{part.labels[i]:g}")
 
 
 def test_a_run_leaves_what_it_promises():
@@ -2525,6 +2566,22 @@ def test_a_killed_run_goes_on_to_the_same_bits():
     assert quietly(multitask_classifier.main, "--resume", whole)[0] == 0 and remains(whole)[0] == before[0]  # a finished one
 
 
+def test_speed_is_per_second():
+    now = [100.0]
+    with mock.patch.object(time, "perf_counter", lambda: now[0]):
+        meter = Meter(["sst", "para"], "cpu")
+        for rows, tokens in ((1, 100), (3, 300)):
+            meter.add("sst", torch.tensor(float(rows)), rows, tokens)
+            meter.steps += 1
+        now[0] += 8
+        means, speed = meter.read()
+        assert means == {"sst": 10 / 4}, "of the rows; none of a task that had none"
+        assert speed == {"tokens_per_second": 50, "steps_per_second": 0.25}
+        meter.add("para", torch.tensor(5.0), 2, 20)
+        now[0] += 2
+        assert meter.read() == ({"para": 5}, {"tokens_per_second": 10, "steps_per_second": 0})
+
+
 def test_saving_is_due_after_minutes():
     folder = Path(tempfile.mkdtemp(dir=workspace())) / "run"
     kept, now = Run(folder, {}), time.perf_counter()
@@ -2632,6 +2689,10 @@ def test_what_cannot_be_resumed_says_why():
     (folder / "metrics.jsonl").write_bytes(lines[:40])
     refused("is shorter than when last.pt was saved")
     (folder / "metrics.jsonl").write_bytes(lines)
+    _, examples = three_task_model()
+    before = tasks.data_digest({"sts": {"train": examples["sts"]}})
+    examples["sts"].labels[3] += 0.25
+    assert tasks.data_digest({"sts": {"train": examples["sts"]}}) != before, "another label"
     path = root / "data" / "ids-sst-train.csv"
     kept = path.read_text(encoding="utf-8")
     try:
@@ -2901,6 +2962,7 @@ def test_the_pretraining_loop_does_what_its_flags_say():
             drawn.append((seed, args[-1]))
             losses.append(F.cross_entropy(logits, targets, reduction="none").detach())
             heads.append(model.dense.weight.detach().clone())
+            assert all(module.training for module in model.modules()), "with dropout"
         return logits, targets
 
     def still(model, batch, vocabulary, whole_word, seed):  # the same masks at every step
