@@ -128,13 +128,18 @@ def use_sparse_gradient(embedding):
 def gram_matrix(J):
     """G = J J^T, as float64 on the CPU. (K, P) -> (K, K)."""
     if J.device.type != "cpu":
-        return torch.stack([block @ block.T for block in J.split(BLOCK, dim=1)]).cpu().double().sum(dim=0)
+        return gram_matrix_on_gpu(J)
     gram = torch.zeros(len(J), len(J), dtype=torch.float64)
     for block in J.split(BLOCK, dim=1):
         for i in range(len(J)):
             for j in range(i + 1):
                 gram[i, j] += torch.dot(block[i], block[j]).item()
     return gram + gram.tril(-1).T
+
+
+def gram_matrix_on_gpu(J):  # one product per block: a GPU wants few launches
+    grams = torch.stack([block @ block.T for block in J.split(BLOCK, dim=1)])
+    return grams.cpu().double().sum(dim=0)
 
 
 def visits(K, seed):

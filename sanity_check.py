@@ -57,7 +57,7 @@ import pcgrad
 import pretrain_mlm
 import smart
 from bert import BertConfig, BertModel, Dropout, our_name, published_name
-from checkpoint import exit_status, median_times
+from checkpoint import Meter, Run, exit_status, median_times
 from curves import read_metrics
 from data import download, tasks
 from data.batches import ONE_TASK_A_STEP, SCHEDULES, Schedule, Stream, collate, evaluation_batches, seed_of
@@ -693,6 +693,17 @@ def test_pcgrad_leaves_no_conflict_between_two():
     assert g[0] @ g[1] < 0 and abs(projected[0] @ g[1]) < 1e-5 and abs(projected[1] @ g[0]) < 1e-5
 
 
+def test_gram_matrices_add_up_over_blocks():
+    """On the CPU and off it, with a last block that is not full; products of 10,000 numbers."""
+    J = torch.randn(3, 10_000, generator=torch.Generator().manual_seed(18)) + 1
+    expected = J.double() @ J.double().T
+    for block in (1000, 3000, 1 << 20):
+        with mock.patch.object(pcgrad, "BLOCK", block):
+            for gram in (pcgrad.gram_matrix(J), pcgrad.gram_matrix_on_gpu(J)):
+                assert gram.dtype == torch.float64 and gram.device.type == "cpu"
+                assert (gram - expected).abs().max() < 1e-5 * expected.max(), block
+
+
 def test_pcgrad_without_conflict_is_the_plain_sum():
     g = torch.rand(4, 9)  # all products positive
     assert torch.equal(buffered_update(g), buffered_update(g, surgery=None))
@@ -772,6 +783,10 @@ def test_vaccine_through_the_buffer():
         expected = torch.cat([vaccine_reference(p.double(), t, case) for p, t in zip(pieces, theirs)])
         assert (update - expected).norm() < 1e-3 * max(expected.norm(), g.norm()), (K, case, scope)
         assert (ours - theirs).abs().max() < 1e-5, (K, case, scope)
+    # the targets start at 0, one of each pair for each tensor
+    expected = torch.cat([vaccine_reference(p.double(), torch.zeros(6, 6).double(), 0)
+                          for p in (g[:, :3], g[:, 3:])])
+    assert (buffered_update(g, "gradvac", 0, "tensor") - expected).norm() < 1e-3 * g.norm()
 
 
 def test_vaccine_reaches_its_target():
@@ -1153,9 +1168,30 @@ def test_regularisers_in_training():
 
     with mock.patch.object(multitask_classifier, "Proximal", Recorder):
         assert run("--proximal", "--accumulate", 3, "--epochs", 2, steps=7)[0] == 0
-    assert seen == [n / 6 for n in range(1, 7)], "once after each optimizer step"
+        assert seen == [n / 6 for n in range(1, 7)], "once after each optimizer step"
+        seen.clear()
+        assert run("--proximal", "--optimizer_per_task", "--schedule", "mtdnn", steps=6)[0] == 0
+    assert seen == [n / 6 for n in range(1, 7)], "whichever task's optimizer it is"
     last = torch.load(folder / "last.pt", weights_only=True)
     assert not torch.equal(last["teacher"]["bert.pos_embedding.weight"], last["model"]["bert.pos_embedding.weight"])
+
+
+def test_regularisers_are_added_to_the_loss():
+    training = training_of("--smart", "tasks=sst+sts", "--proximal", "mu=2")
+    assert training.proximal.kinds == KINDS
+    assert training.regularisers["smart"].kinds == {task: KINDS[task] for task in ("sst", "sts")}
+    for term, value in ((smart.Smoothness, 3.0), (smart.Proximal, 5.0)):
+        mock.patch.object(term, "__call__", lambda *args, value=value: torch.tensor(value)).start()
+    try:
+        for task, added in (("sst", 8), ("para", 5), ("sts", 8)):
+            batch = collate(training.data[task]["train"], np.arange(6))
+            torch.manual_seed(23)
+            alone = training.model.loss(task, batch)
+            assert abs(training.loss(task, batch, 23) - alone - added) < 1e-5, task
+    finally:
+        mock.patch.stopall()
+    means, _ = training.meter.read()
+    assert (means["sst smart"], means["sst proximal"], means["para proximal"]) == (3, 5, 5)
 
 
 def test_smoothness_goes_down_when_it_is_asked_to():
@@ -1563,6 +1599,8 @@ def test_schedules_hold_what_they_say():
     mixed = epoch("mixed")
     assert len(mixed) == 12 and all(sorted(rows(mixed, task)) == list(range(size)) for task, size in sizes.items())
     assert all(abs(len(r) - sizes[name] / 12) < 1 for step in mixed for name, r in step)
+    few = list(Schedule("mixed", {"a": 3, "b": 100}, 2, "longest", 1).epoch(0))
+    assert len(few) == 3 and all(len(r) >= 1 for step in few for _, r in step)
     # the batches of the next epoch, and those of another seed, are composed anew; the same ones come again
     for name in SCHEDULES:
         first = {frozenset(r.tolist()) for step in epoch(name) for _, r in step}
@@ -1584,6 +1622,8 @@ def test_mtdnn_shuffles_the_union():
             assert sorted(row for (name, rows), in steps for row in rows.tolist() if name == task) == list(range(size))
     orders = [[name for (name, _), in steps] for steps in epochs()]
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0], key=list(sizes).index)
+    other_seed = Schedule("mtdnn", sizes, 8, "longest", 2)
+    assert [name for name, in other_seed.tasks(0)] not in orders
     # epochs of another length are cut from the same passes, and no batch is left out or comes twice
     whole, parts = sum(epochs(), []), sum(epochs(10, n=7), [])
     assert [(name, rows.tolist()) for (name, rows), in parts] == [(name, rows.tolist()) for (name, rows), in whole[:70]]
@@ -1603,6 +1643,8 @@ def test_annealed_draws_as_published():
     assert np.abs(alone.probabilities(0) - np.array([0.951, 0.029, 0.020])).max() < 6e-4, "a = 1 where there is one epoch"
     even = Schedule("annealed", {"a": 20, "b": 20}, 5, 30, 1, epochs=4)
     assert even.tasks(0) != even.tasks(1), "drawn anew in every epoch"
+    other_seed = Schedule("annealed", {"a": 20, "b": 20}, 5, 30, 2, epochs=4)
+    assert even.tasks(0) != other_seed.tasks(0)
     small = Schedule("annealed", {"a": 30, "b": 20}, 5, 15, 1, epochs=4)
     rows = [(name, r.tolist()) for e in range(4) for (name, r), in small.epoch(e)]
     for name in "ab":  # each task's batches follow each other over the epochs, as its own stream has them
@@ -1615,6 +1657,7 @@ def test_a_stream_is_a_function_of_its_position():
     stream = Stream(10, 3, 1, "sst")
     assert [stream.rows(n).tolist() for n in reversed(range(12))] == forwards[::-1]
     assert [len(batch) for batch in forwards[:4]] == [3, 3, 3, 1]
+    assert [Stream(10, 3, 1, "para").rows(n).tolist() for n in range(12)] != forwards
     assert seed_of(1, 2, "sst") != seed_of(12, "sst") and 0 <= seed_of("x") < 2 ** 63
 
 
@@ -1727,10 +1770,54 @@ def test_each_flag_changes_the_run():
     assert not same(trained("--pcgrad", steps=30), trained("--gradvac", steps=30)), "targets that have moved"
     measured = trained("--log_gradients", steps=3)  # changes the order of the sums, and nothing else
     assert all((measured[name] - base[name]).abs().max() < 1e-6 for name in base)
+    drawn, again, other = (trained("--lr", 0, "--seed", seed)["heads.sst.linear.weight"]
+                           for seed in (1, 1, 2))
+    assert torch.equal(drawn, again) and not torch.equal(drawn, other), "new heads have the seed"
     frozen = trained(steps=3, option="pretrain")
     encoder = load_file(workspace() / "tiny" / "model.safetensors")
     assert all(torch.equal(frozen["bert." + name], encoder[name]) for name in encoder)
     assert not torch.equal(frozen["heads.sst.linear.weight"], base["heads.sst.linear.weight"])
+
+
+def test_defaults_are_those_of_the_papers_and_the_course():
+    def defaults(*argv):
+        return vars(multitask_classifier.resolve(["--option", "finetune", *argv]))
+
+    expected = {
+        "lr": 1e-4, "lr_schedule": "linear", "warmup": 0.1, "weight_decay": 0.0, "clip": 1.0,
+        "epochs": 10, "seed": 11711, "schedule": "round_robin", "epoch_length": "longest",
+        "accumulate": 1, "batch_size": {"sst": 16, "para": 32, "sts": 12}, "pooling": "mean",
+        "hidden_dropout_prob": 0.3, "pair_head": {"para": "cosine", "sts": "cosine"},
+        "sst_loss": "ce", "surgery": None, "surgery_scope": "vector", "smart": None,
+        "proximal": None, "pal": None, "limit": None, "save_every": 5.0,
+        "trained": ["sst", "para", "sts"]}
+    assert expected.items() <= defaults().items()
+    assert defaults("--tasks", "cfimdb")["batch_size"] == {"cfimdb": 8}
+    assert defaults("--schedule", "mixed")["batch_size"] == 20
+    assert vars(multitask_classifier.resolve([])).items() >= {
+        "option": "pretrain", "lr": 1e-3, "pair_head": {"para": "cross", "sts": "cross"}}.items()
+    given = defaults("--smart", "--proximal", "--pal")
+    assert given["smart"] == {"weight": 5.0, "eps": 1e-5, "sigma": 1e-5, "step": 1e-3, "steps": 1,
+                              "norm": "inf"}
+    auxiliary = defaults("--smart", "--pcgrad", "--aux", "stars=x.csv")
+    assert auxiliary["smart_tasks"] == ["sst", "para", "sts", "stars"]
+    assert auxiliary["gradient_rows"] == [["sst"], ["para"], ["sts"], ["stars"]]
+    assert given["proximal"] == {"mu": 1.0, "beta": None}  # None: .99, then .999
+    assert given["pal"] == {"g": "attention", "size": 204}
+    for option, flag in (("smart", "eps=1"), ("proximal", "mu=2"), ("pal", "size=8")):
+        name, value = flag.split("=")
+        assert defaults(f"--{option}", flag)[option] == {**given[option], name: float(value)}
+    # the classes have the same
+    assert vars(smart.Smoothness(KINDS)) == vars(smart.Smoothness(KINDS, **given["smart"]))
+    proximal = smart.Proximal(nn.Linear(1, 1), KINDS)
+    assert {"mu": proximal.mu, "beta": proximal.beta} == given["proximal"]
+    assert pcgrad.VACCINE_BETA == 0.01
+    assert AdamW([nn.Parameter(torch.zeros(1))]).defaults == {
+        "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "correct_bias": True}
+    expected = {"epochs": 4, "batch_size": 32, "lr": 1e-4, "warmup": 0.1, "weight_decay": 0.01,
+                "clip": 1.0, "whole_word": False, "seed": 11711, "tasks": ["sst", "para", "sts"],
+                "save_every": 5.0}
+    assert expected.items() <= vars(pretrain_mlm.resolve(["--out", "x"])).items()
 
 
 def test_epochs_are_as_long_as_asked():
@@ -1746,7 +1833,7 @@ def test_epochs_are_as_long_as_asked():
 
 def test_the_training_loop_does_what_its_flags_say():
     """Seven steps an epoch, three to an update: what reaches the optimizer, and what reaches the model."""
-    seen, zeroed, batches = [], [], []
+    seen, zeroed, batches, orders = [], [], [], []
 
     class Recorder(AdamW):
         def step(self):
@@ -1763,6 +1850,10 @@ def test_the_training_loop_does_what_its_flags_say():
             zeroed.append(len(seen))
             super().zero()
 
+        def combine(self, seed):
+            orders.append(seed)
+            super().combine(seed)
+
     def recorded(examples, rows):
         batches.append((examples.task.name, tuple(rows), torch.initial_seed()))
         return collate(examples, rows)
@@ -1770,7 +1861,7 @@ def test_the_training_loop_does_what_its_flags_say():
     flags = ["--accumulate", 3, "--epochs", 2, "--clip", 0.01, "--weight_decay", 0.1, "--warmup", 0.5, "--batch_size", 4]
     with mock.patch.multiple(multitask_classifier, AdamW=Recorder, GradientBuffer=Buffer, collate=recorded):
         for surgery in ([], ["--pcgrad"]):
-            del seen[:], zeroed[:], batches[:]
+            del seen[:], zeroed[:], batches[:], orders[:]
             status, said, _ = run(*flags, *surgery, steps=7)
             assert status == 0, said
             rates = [learning_rate(1e-4, u / 7, warmup=0.5) for u in range(1, 7)]
@@ -1778,30 +1869,74 @@ def test_the_training_loop_does_what_its_flags_say():
             assert all(abs(norm - 0.01) < 1e-5 for _, _, norm in seen), seen  # the global norm, after surgery
             assert zeroed == [0, 1, 2, 3, 3, 4, 5, 6]  # at each epoch's start, and after each update
             assert [task for task, _, _ in batches] == ["sst", "para", "sts"] * 14
-            assert len({seed for _, _, seed in batches}) == 42, "every batch has dropout masks of its own"
+            masks = {seed for _, _, seed in batches}
+            assert len(masks) == 42, "every batch has dropout masks of its own"
+            assert len(set(orders)) == len(orders) == 6, "projections in an order of their own"
             rows = [rows for task, rows, _ in batches if task == "sst"]
             assert sorted(sum(rows[:6], ())) == list(range(24)) == sorted(sum(rows[6:12], ())) and rows[:6] != rows[6:12]
+        first, first_orders = masks, set(orders)
+        del batches[:], orders[:]
+        assert run(*flags, "--pcgrad", "--seed", 1, steps=7)[0] == 0
+        assert not first & {seed for _, _, seed in batches} and not first_orders & set(orders)
+
+
+def training_of(*flags):
+    """A Training of the tiny encoder and the cut demo sets, before its first step."""
+    root = workspace()
+    args = multitask_classifier.resolve([*map(str, (
+        "--option", "finetune", "--model", root / "tiny", "--data_dir", root / "data", *flags))])
+    with contextlib.redirect_stdout(io.StringIO()):
+        model, data = multitask_classifier.build(args, tasks.locate(args), root / "tiny")
+    return multitask_classifier.Training(args, model.train(), data)
+
+
+def test_processes_share_a_batch_and_no_dropout_mask():
+    seen, real = {0: [], 1: []}, multitask_classifier.Training.loss
+    batches = [(task, np.arange(7)) for task in KINDS]
+    for rank in seen:
+        def recorded(examples, rows):
+            seen[rank].append(rows.tolist())
+            return collate(examples, rows)
+
+        def loss(training, task, batch, seed):
+            seen[rank].append(seed)
+            return real(training, task, batch, seed)
+
+        training = training_of()
+        with mock.patch.multiple(multitask_classifier, rank_and_world=lambda: (rank, 2),
+                                 collate=recorded), \
+                mock.patch.object(multitask_classifier.Training, "loss", loss):
+            training.train_step(batches)
+    assert (seen[0][::2], seen[1][::2]) == ([[0, 2, 4, 6]] * 3, [[1, 3, 5]] * 3)
+    assert len({*seen[0][1::2], *seen[1][1::2]}) == 6, "dropout masks of their own"
 
 
 def test_the_best_epoch_is_kept():
-    scores, encoders = iter((0.2, 0.5, 0.3)), []
+    scores, encoders = iter((0.2, 0.5, 0.3, 0.5)), []
 
     def evaluate(model, data, seed):
+        assert seed == 11711
         encoders.append(model.bert.pos_embedding.weight.detach().clone())
         score = next(scores)
         return {"dev": dict.fromkeys(data, score), "train": dict.fromkeys(data, score), "f1": {}}
 
     with mock.patch.object(multitask_classifier, "evaluate", evaluate):
-        status, said, folder = run("--epochs", 3)
-    assert status == 0 and "best epoch 2" in said, said
+        status, said, folder = run("--epochs", 4)
+    assert status == 0 and "best epoch 2" in said, said  # of two that are equal the first
     saved = load_file(folder / "model.safetensors")["bert.embeddings.position_embeddings.weight"]
-    assert torch.equal(saved, encoders[1]) and not torch.equal(saved, encoders[2])
+    assert torch.equal(saved, encoders[1]) and not torch.equal(saved, encoders[3])
     last = torch.load(folder / "last.pt", weights_only=True)
-    assert last["epoch"] == 3 and torch.equal(last["model"]["bert.pos_embedding.weight"], encoders[2])
+    assert last["epoch"] == 4
+    assert torch.equal(last["model"]["bert.pos_embedding.weight"], encoders[3])
 
 
 def test_regressions_start_in_the_middle_and_heads_drop_out():
     assert multitask_classifier.Head(TASKS["sts"], "uv", 16, 0.0).linear.bias.tolist() == [2.5]
+    cosine = multitask_classifier.Head(TASKS["para"], "cosine", 16, 0.0)
+    assert (float(cosine.weight), float(cosine.bias)) == (10, -7), "decides at a cosine of .7"
+    torch.manual_seed(20)
+    linear = multitask_classifier.Head(TASKS["sst"], "single", 768, 0.0).linear
+    assert abs(linear.weight.std() - 0.02) < 0.002 and not linear.bias.any()
     for kind in ("cross", "uv", "uv_diff"):
         head, pooled = multitask_classifier.Head(TASKS["para"], kind, 16, 0.5), torch.randn(8, 16)
         assert not torch.equal(head(pooled), head(pooled)) and torch.equal(head.eval()(pooled), head(pooled))
@@ -1842,6 +1977,27 @@ def test_outputs_that_are_not_finite_end_the_run():
         assert not (folder / "model.safetensors").exists() and "Traceback" not in said
 
 
+def test_logged_gradients_are_means_since_the_last_line():
+    real, noted = multitask_classifier.diagnostics, []
+
+    def diagnostics(*args):
+        noted.append(real(*args))
+        return noted[-1]
+
+    with mock.patch.object(multitask_classifier, "diagnostics", diagnostics):
+        status, said, folder = run("--pcgrad", steps=13)
+    found = [line["gradients"]["cosine"] for line in read_metrics(folder, "step")]
+    assert len(noted) == 13 and len(found) == 2, said
+    for cosines, records in zip(found, (noted[:10], noted[10:])):
+        for pair, cosine in cosines.items():
+            assert abs(cosine - np.mean([record["cosine"][pair] for record in records])) < 1e-9
+    # on the screen those of the epoch
+    for pair in found[0]:
+        cosine = np.mean([record["cosine"][pair] for record in noted])
+        conflict = np.mean([record["cosine"][pair] < 0 for record in noted])
+        assert f"{pair} cosine {cosine:.3f}, in conflict {conflict:.0%}, " in said, said
+
+
 def test_gradients_are_logged():
     for flags, pairs in ((["--pcgrad"], 3), (["--log_gradients"], 3), (["--gradvac", "sst+para,sts"], 1), ([], 0)):
         status, said, folder = run(*flags, steps=12)
@@ -1865,7 +2021,7 @@ def test_two_processes_equal_one():
     (still / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.0}))
     common = ["--option", "finetune", "--model", still, "--data_dir", root / "data", "--hidden_dropout_prob", 0,
               "--epochs", 2, "--epoch_length", 10, "--lr", 1e-3]
-    for name, flags in (("pcgrad", ["--pcgrad", "--batch_size", 5]),
+    for name, flags in (("groups", ["--pcgrad", "sst+para,sts", "--batch_size", 5]),
                         ("gradvac", ["--gradvac", "--batch_size", "sst=5,para=23,sts=1", "--accumulate", 3,
                                      "--proximal", "mu=.5,beta=.9"]),
                         ("annealed", ["--schedule", "annealed", "--accumulate", 3, "--pcgrad", "--batch_size", 5]),
@@ -1883,6 +2039,10 @@ def test_two_processes_equal_one():
         assert (alone["gradvac_targets"] - together["gradvac_targets"]).abs().max() < 1e-6
         for a, b in zip(*(read_metrics(folder, "evaluation") for folder in folders)):
             assert all(abs(a["dev"][task] - b["dev"][task]) < 1e-4 for task in a["dev"])
+        outputs = [[float(line.split(" , ")[1]) for line in
+                    (folder / "predictions" / "sts-dev-output.csv").read_text().splitlines()[1:]]
+                   for folder in folders]
+        assert np.abs(np.subtract(*outputs)).max() < 1e-4
         for a, b in zip(*(read_metrics(folder, "step") for folder in folders)):  # Adam would hide a wrong scale
             assert all(abs(a["losses"][task] - b["losses"][task]) < 1e-4 for task in a["losses"]), (a, b)
 
@@ -2036,6 +2196,21 @@ def test_predictions_go_where_they_are_asked_to():
     assert (folder / "dev.csv").exists() and (folder / "test.csv").exists()
 
 
+def test_predictions_are_in_the_courses_format():
+    _, examples = three_task_model()
+    path = workspace() / "submission.csv"
+    outputs = {"sst": np.eye(5)[[3, 0]], "para": np.array([[-0.1], [0.1]]),
+               "sts": np.array([[2.25], [-0.5]])}
+    written = {"sst": ("Predicted_Sentiment", "3", "0"),
+               "para": ("Predicted_Is_Paraphrase", "0.0", "1.0"),
+               "sts": ("Predicted_Similiary", "2.25", "-0.5")}
+    for task, (heading, *values) in written.items():
+        two = examples[task].take(np.array([4, 2]))
+        evaluation.write_predictions(path, two, outputs[task])
+        lines = [f"id \t {heading} ", *(f"{i} , {value} " for i, value in zip(two.ids, values))]
+        assert path.read_text() == "\n".join(lines) + "\n"
+
+
 def test_amp_is_bfloat16_or_is_refused():
     status, said, _ = run("--amp")
     if not torch.cpu._is_avx512_bf16_supported():
@@ -2057,7 +2232,17 @@ def test_gpu_is_used_or_refused():
 
 
 def test_accumulated_steps_add_up():
-    """Two steps of one row each, added, are one update: that of the summed losses."""
+    """Two steps of one row each, added, are one update: that of the summed losses. Of a buffer
+    alone, and in training."""
+    training, updates = training_of("--tasks", "sst", "--accumulate", 2), []
+    model, data = training.model.eval(), training.data  # no dropout
+    training.optimizer_step = lambda name: updates.append(training.gradients.J[0].clone())
+    for row in (0, 1):
+        training.train_step([("sst", np.array([row]))])
+    losses = [model.loss("sst", collate(data["sst"]["train"], np.array([row]))) for row in (0, 1)]
+    expected = torch.cat([gradient.to_dense().flatten() for gradient in torch.autograd.grad(
+        sum(losses), model.shared_parameters())])
+    assert len(updates) == 1 and (updates[0] - expected).norm() < 1e-5 * expected.norm()
     model, examples = three_task_model()
     model.eval()  # no dropout
     buffer = pcgrad.GradientBuffer(model.shared_parameters(), heads_of(model))
@@ -2098,6 +2283,13 @@ def test_ordinal_log_loss():
     value = loss(saturated, torch.tensor([4.0]), 1.0)
     value.backward()
     assert abs(value - 194.5) < 0.1 and saturated.grad.isfinite().all() and saturated.grad[0, 0] > 1
+    table = {"ce": math.log(5), "oll1": 1.339, "oll1.5": 1.709, "oll2": 2.231}
+    for name, expected in table.items():
+        model = MultitaskBERT(BertModel(TINY), dict.fromkeys(("sst", "stars"), TASKS["sst"]), {},
+                              "mean", 0.0, sst_loss=name)
+        found = [float(model.loss(task, mock.Mock(labels=two), torch.zeros(1, 5)))
+                 for task in model.tasks]
+        assert np.abs(np.array(found) - [expected, table["ce"]]).max() < 5e-4, name
     assert run("--sst_loss", "oll2")[0] == 0
 
 
@@ -2143,9 +2335,11 @@ def test_projected_attention_layers():
         batches = {task: collate(examples[task], np.arange(8)) for task in examples}
         for task, batch in batches.items():
             assert torch.equal(model.eval().logits(task, batch), without.eval().logits(task, batch))
-        # against the equation, written out on one sentence
-        for parameter in model.pal.parameters():
-            nn.init.normal_(parameter, std=0.1)
+        # against the equation, written out on one sentence; every parameter away from 0 and 1, so
+        # that the layer's input h, LayerNorm(h) and the attention block's output differ
+        torch.manual_seed(19)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
         sentence = torch.tensor([examples["sst"].tokens[0][0][0]])
         hidden = model.bert.embed(sentence)[0]
         packing = attention.Packing(torch.ones_like(sentence))
@@ -2307,14 +2501,19 @@ def test_a_share_of_the_rows():
         return real(examples, rows)
 
     ids = []
-    for share in (0.5, 0.25):
+    for share, seed in ((0.5, 11711), (0.25, 11711), (0.5, 1)):
         seen.clear()
+        flags = ["--limit", f"para={share}", "--batch_size", 4, "--seed", seed]
         with mock.patch.object(multitask_classifier, "collate", collate_and_note):
-            status, said, folder = run("--limit", f"para={share}", "--batch_size", 4, steps=12)
+            status, said, folder = run(*flags, steps=12)
         assert status == 0 and f"para: trained on {round(24 * share)} of its 24 rows" in said, said
         assert (len(seen["para"]), len(seen["sst"])) == (24 * share, 24)
         ids.append((seen["para"], folder))
     assert ids[1][0] < ids[0][0], "the smaller share is a part of the larger"
+    in_order = read_examples(workspace() / "data" / "quora-train.csv", TASKS["para"]).ids
+    assert {*in_order[:12]} != ids[0][0] != ids[2][0], "drawn from the whole file, by the seed"
+    del ids[2]
+    assert "para: trained on 1 of its 24 rows" in run("--limit", "para=.001")[1]
     folders = [folder for _, folder in ids]
     folders += [run("--limit", f"para={share}", "--schedule", "mtdnn")[2] for share in (1, 0.5, 0.25)]
     picture = workspace() / "study.png"
@@ -2362,6 +2561,9 @@ def test_scores():
     labels = np.array([0, 1, 2, 3], dtype=np.float32)
     assert evaluation.score(TASKS["sst"], np.array([0, 1, 0, 0]), labels) == 0.5
     assert abs(evaluation.score(TASKS["sts"], 3 * labels - 1, labels) - 1) < 1e-6
+    bent = np.array([0.0, 1, 2, 10])  # in the order of the labels, and not in proportion to them
+    pearson = evaluation.score(TASKS["sts"], bent, labels)
+    assert abs(pearson - np.corrcoef(bent, labels)[0, 1]) < 1e-6 and pearson < 0.9
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert evaluation.score(TASKS["sts"], np.ones(4), labels) == 0 and "constant" in said.getvalue()
     overall = evaluation.overall({"sst": 0.5, "para": 0.8, "sts": 0.2})
@@ -2374,6 +2576,51 @@ def test_scores():
     assert evaluation.confusion_matrix(TASKS["sst"], predictions, labels)[:3, :3].tolist() == [[2, 1, 0], [1, 1, 0], [0, 1, 0]]
     assert evaluation.f1_scores(TASKS["para"], np.array([1, 1, 0, 0]), np.array([1.0, 0, 1, 1])) == {"positive": 0.4}
     assert evaluation.f1_scores(TASKS["sts"], labels, labels) == {}
+
+
+def test_decisions():
+    found = evaluation.decide(TASKS["para"], np.array([[-3.0], [-0.01], [0.01], [0.39], [3.0]]))
+    assert found.tolist() == [0, 0, 1, 1, 1], "a probability above one half"
+    logits = np.array([[0.0, 2, 1, -1, 0], [1, 0, 0, 0, 3]])
+    similarities = np.array([-0.5, 2.25, 5.5])
+    assert evaluation.decide(TASKS["sst"], logits).tolist() == [1, 4]
+    assert (evaluation.decide(TASKS["sts"], similarities[:, None]) == similarities).all()
+
+
+def test_train_scores_are_those_of_a_seeded_sample():
+    """Of a model that is always right on the training rows and says 1 of every dev row."""
+    model, examples = three_task_model()
+    data = {task: {"train": part.take(np.arange(3000) % 24), "dev": part.take(np.arange(20))}
+            for task, part in examples.items()}
+    data["aux"] = {"train": data["sst"]["train"]}  # an auxiliary task has no dev set
+    samples = {}
+
+    def right(model, task, part, rows=None):
+        answers = np.ones(20) if rows is None else part.labels[rows]
+        if rows is not None:
+            samples[task] = rows.tolist()
+        return np.eye(5)[answers.astype(int)] if part.task.kind == "classes" else (
+            answers[:, None] * 2.0 - (part.task.kind == "binary"))
+
+    with mock.patch.object(evaluation, "predict", right), contextlib.redirect_stdout(io.StringIO()):
+        scores = evaluation.evaluate(model, data, seed=1)
+        first = dict(samples)
+        assert evaluation.evaluate(model, data, seed=1) == scores and samples == first
+        evaluation.evaluate(model, data, seed=2)
+    assert all(abs(score - 1) < 1e-6 for score in scores["train"].values()), scores
+    ones = {task: float((data[task]["dev"].labels == 1).mean()) for task in ("sst", "para")}
+    assert scores["dev"] == {**ones, "sts": 0.0} and 0 < ones["sst"] < 1
+    assert set(scores["train"]) == set(data)
+    f1 = {task: 2 * share / (1 + share) for task, share in ones.items()}
+    assert abs(scores["f1"]["para"]["positive"] - f1["para"]) < 1e-9
+    assert abs(scores["f1"]["sst"]["1"] - f1["sst"]) < 1e-9 and set(scores["f1"]) == {"sst", "para"}
+    assert scores["overall_2023"] == sum(scores["dev"].values()) / 3
+    shown = evaluation.describe({**scores, "dev": {"para": 0.25}})
+    assert shown == f"dev  para 0.250 (train 1.000, F1 {f1['para']:.3f})", shown
+    for task, rows in first.items():  # no row twice, and from the whole set
+        assert len(rows) == len(set(rows)) == 2000 and max(rows) > 2900 and min(rows) < 100, task
+        assert samples[task] != rows and sorted(samples[task]) != sorted(rows), "another seed"
+    assert sorted(first["sst"]) != sorted(first["para"]) != sorted(first["sts"])
 
 
 def test_errors_are_the_worst_rows():
@@ -2392,10 +2639,35 @@ def test_errors_are_the_worst_rows():
     best = read_metrics(folder, "evaluation")[-1]
     assert sum(row["task"] == "sst" for row in rows) == round(8 * (1 - best["dev"]["sst"])), "what was right is no error"
     assert "rows of each label by what was predicted" in said
+    counts = [[int(n) for n in row.split()] for row in re.findall(r"label \d ((?: +\d+)+)", said)]
+    sst = read_examples(workspace() / "data" / "ids-sst-dev.csv", TASKS["sst"])
+    of_labels = np.bincount(sst.labels.astype(int), minlength=5)
+    assert np.sum(counts, axis=1).tolist() == of_labels.tolist(), "a row for each label"
+    # of 120 wrong similarities and 120 wrong classes the worst fifty
+    _, examples = three_task_model()
+    examples = {task: examples[task].take(np.arange(120) % 24) for task in ("sts", "sst")}
+    off = np.random.default_rng(0).permutation(120)
+    for task in examples:
+        examples[task].ids = [f"{task} off by {n}" for n in off]
+    logits = np.zeros((120, 5))
+    logits[np.arange(120), (examples["sst"].labels + 1).astype(int) % 5] = off + 1.0
+    similarities = (examples["sts"].labels + off / 100)[:, None]
+    results = [(examples["sts"], similarities), (examples["sst"], logits)]
+    evaluation.write_errors(folder / "errors.csv", results)
+    with open(folder / "errors.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert [row["id"] for row in rows] == [f"{task} off by {119 - n}" for task in examples
+                                           for n in range(50)]
+    for row in rows:
+        part = examples[row["task"]]
+        i = part.ids.index(row["id"])
+        assert tuple(filter(None, (row["sentence1"], row["sentence2"]))) == part.texts[i]
+        assert float(row["label"]) == float(f"{part.labels[i]:g}")
 
 
 def test_a_run_leaves_what_it_promises():
-    status, said, folder = run("--epochs", 2, "--pair_head", "para=cosine,sts=uv_diff", steps=2)
+    status, said, folder = run("--epochs", 2, "--pair_head", "para=cosine,sts=uv_diff",
+                               "--pooling", "cls", steps=2)
     assert status == 0, said
     files = {path.name for path in folder.iterdir()}
     assert files == {"args.json", "metrics.jsonl", "config.json", "model.safetensors", "vocab.txt",
@@ -2838,6 +3110,36 @@ def test_a_killed_run_goes_on_to_the_same_bits():
     assert quietly(multitask_classifier.main, "--resume", whole)[0] == 0 and remains(whole)[0] == before[0]  # a finished one
 
 
+def test_speed_is_per_second():
+    now = [100.0]
+    with mock.patch.object(time, "perf_counter", lambda: now[0]):
+        meter = Meter(["sst", "para"], "cpu")
+        for rows, tokens in ((1, 100), (3, 300)):
+            meter.add("sst", torch.tensor(float(rows)), rows, tokens)
+            meter.steps += 1
+        now[0] += 8
+        means, speed = meter.read()
+        assert means == {"sst": 10 / 4}, "of the rows; none of a task that had none"
+        assert speed == {"tokens_per_second": 50, "steps_per_second": 0.25}
+        meter.add("para", torch.tensor(5.0), 2, 20)
+        now[0] += 2
+        assert meter.read() == ({"para": 5}, {"tokens_per_second": 10, "steps_per_second": 0})
+
+
+def test_saving_is_due_after_minutes():
+    folder = Path(tempfile.mkdtemp(dir=workspace())) / "run"
+    kept, now = Run(folder, {}), time.perf_counter()
+    for seconds, minutes, due in ((0, 1, False), (59, 1, False), (61, 1, True), (299, 5, False),
+                                  (301, 5, True), (0, 0, True)):
+        kept.saved_at = now - seconds
+        with mock.patch.object(time, "perf_counter", lambda: now):
+            assert kept.due(minutes) == due, (seconds, minutes)
+    kept.start()
+    kept.saved_at = now - 301
+    kept.save({})
+    assert not kept.due(5), "counted from the last save"
+
+
 def test_kill_9_at_twenty_random_moments():
     if not FULL:
         raise SkipTest("with --full")
@@ -3073,6 +3375,10 @@ def test_what_cannot_be_resumed_says_why():
     (folder / "metrics.jsonl").write_bytes(lines[:40])
     refused("is shorter than when last.pt was saved")
     (folder / "metrics.jsonl").write_bytes(lines)
+    _, examples = three_task_model()
+    before = tasks.data_digest({"sts": {"train": examples["sts"]}})
+    examples["sts"].labels[3] += 0.25
+    assert tasks.data_digest({"sts": {"train": examples["sts"]}}) != before, "another label"
     path = root / "data" / "ids-sst-train.csv"
     kept = path.read_text(encoding="utf-8")
     try:
@@ -3337,6 +3643,31 @@ def test_half_set_environments_are_rejected():
         assert cache_folder() == root / "cache" / "multitask-bert"
 
 
+def test_answers_are_the_models_outputs():
+    """Probabilities of sst's classes and of a paraphrase; a similarity that is not outside 0..5."""
+    status, said, folder = run("--pair_head", "cross", "--tasks", "sst,para,sts")
+    assert status == 0, said
+    sentence, other = "A quiet film.", "A loud one, at last."
+    for bias, shown in ((9.0, 5.0), (-9.0, 0.0), (2.25, None)):
+        model = MultitaskBERT.load(folder)
+        generator = torch.Generator().manual_seed(21)
+        for head in model.heads.values():
+            nn.init.normal_(head.linear.weight, generator=generator)
+        nn.init.constant_(model.heads["sts"].linear.bias, bias)
+        nn.init.normal_(model.heads["sts"].linear.weight, std=0.1, generator=generator)
+        model.save(folder, folder)
+        status, said = quietly(predict.main, folder, sentence, other)
+        answer, logits = json.loads(said.splitlines()[-1]), {}
+        for task in KINDS:
+            texts = [(sentence, other)[:len(TASKS[task].text_columns)]]
+            examples = tasks.Examples(TASKS[task], None, ["x"], texts, None, [])
+            batch = collate(tokenize(examples, model.tokenizer, 64, cross=True), np.arange(1))
+            logits[task] = model.logits(task, batch)[0].detach()
+        assert np.abs(np.array(answer["sst"]) - logits["sst"].softmax(dim=-1).numpy()).max() < 1e-4
+        assert abs(answer["para"] - logits["para"].sigmoid()) < 1e-4 < abs(answer["para"] - 0.5)
+        assert abs(answer["sts"] - (logits["sts"] if shown is None else shown)) < 1e-4
+
+
 # ---------------------------------------------------------------- pretrain_mlm.py
 
 def mlm(*flags, out=None):
@@ -3366,6 +3697,7 @@ def test_masks_have_their_shares():
     for whole_word in (False, True):
         vocabulary, batches = mlm_batches(passes=6)
         generator, tokens, kinds = np.random.default_rng(0), 0, np.zeros(3)
+        random_tokens = set()
         for ids in batches:
             masked, chosen = pretrain_mlm.mask_tokens(ids, vocabulary, whole_word, generator)
             special = torch.from_numpy(vocabulary.special)[ids]
@@ -3374,6 +3706,7 @@ def test_masks_have_their_shares():
             tokens += int((~special).sum())
             kept, mask = masked[chosen] == ids[chosen], masked[chosen] == vocabulary.mask
             kinds += [int(mask.sum()), int((~mask & ~kept).sum()), int(kept.sum())]
+            random_tokens.update(masked[chosen][~mask & ~kept].tolist())
             if whole_word:  # a continuation is chosen exactly where the piece before it is
                 inside = torch.from_numpy(vocabulary.continuation)[ids[:, 1:]]
                 assert torch.equal(chosen[:, 1:][inside], chosen[:, :-1][inside]) and inside.any()
@@ -3382,6 +3715,74 @@ def test_masks_have_their_shares():
                 assert torch.equal(chosen.sum(dim=1), torch.tensor([max(1, round(0.15 * int(n))) for n in counts]))
         assert tokens > 1e5 and abs(kinds.sum() / tokens - 0.15) < 0.005, (tokens, kinds.sum() / tokens)
         assert np.abs(kinds / kinds.sum() - [0.8, 0.1, 0.1]).max() < 0.01, kinds / kinds.sum()
+        assert len(random_tokens) > 0.9 * TINY.vocab_size, "each position draws its own"
+
+
+def test_the_masked_ids_are_what_the_model_sees():
+    """And the token types of a pair; what was there before is the target alone."""
+    vocabulary, _ = mlm_batches()
+    _, examples = three_task_model()
+    batch = collate(examples["para"], np.arange(20))
+    given = pretrain_mlm.predict_masked(lambda *args: args, batch, vocabulary, False, 3)
+    ids, attention_mask, types, chosen, targets = given
+    masked, positions = pretrain_mlm.mask_tokens(batch.input_ids, vocabulary, False,
+                                                 np.random.default_rng(3))
+    assert torch.equal(ids, masked) and torch.equal(chosen, positions)
+    assert (ids[chosen] == vocabulary.mask).float().mean() > 0.6
+    assert torch.equal(types, batch.token_type_ids) and types.any()
+    assert torch.equal(attention_mask, batch.attention_mask)
+    assert torch.equal(targets, batch.input_ids) and not (targets == vocabulary.mask).any()
+
+
+def test_text_is_read_once_and_a_twentieth_held_out():
+    text = workspace() / "numbers.txt"
+    text.write_text("".join(f"Line {i} of the text.\n" for i in range(100)) * 2)
+    with mock.patch.object(pretrain_mlm, "read_examples", side_effect=AssertionError("no task")):
+        status, said, folder = mlm("--text", text, "--epochs", 1)
+        assert status == 0 and "95 sequences to train on, 5 held out" in said, said
+        with mock.patch.object(pretrain_mlm, "HELD_OUT", 3):
+            assert "97 sequences to train on, 3 held out" in mlm("--text", text, "--epochs", 1)[1]
+    for line in read_metrics(folder, "evaluation"):
+        assert abs(line["perplexity"] / math.exp(line["loss"]) - 1) < 1e-9
+
+
+def test_the_held_out_loss_is_a_mean_over_tokens():
+    seen, seeds, real = [], [], pretrain_mlm.predict_masked
+
+    def recorded(model, *args):
+        logits, targets = real(model, *args)
+        assert not model.training
+        seen.append(F.cross_entropy(logits, targets, reduction="none"))
+        seeds.append(args[-1])
+        return logits, targets
+
+    def batches(examples, rows):  # some of them
+        return evaluation_batches(examples, rows, tokens=60)
+
+    with mock.patch.multiple(pretrain_mlm, predict_masked=recorded, evaluation_batches=batches), \
+            mock.patch.object(pretrain_mlm.Stream, "rows", side_effect=Killed):
+        try:  # before the first step
+            mlm(out=workspace() / "runs" / "mlm-before")
+        except Killed:
+            pass
+    line, = read_metrics(workspace() / "runs" / "mlm-before", "evaluation")
+    assert len({len(losses) for losses in seen}) > 1 and len(set(seeds)) == len(seeds) > 2
+    assert abs(line["loss"] - torch.cat(seen).mean()) < 1e-5
+
+
+def test_gaps_are_filled_with_the_most_probable_tokens():
+    tokenizer = load_tokenizer(workspace() / "tiny")
+    torch.manual_seed(22)
+    model = pretrain_mlm.MaskedLM(BertModel(TINY)).train()
+    film, the = (tokenizer.token_to_id(word) for word in ("film", "the"))
+    model.bias.data[[film, the]] = torch.tensor([30.0, 29.0])
+    filled = pretrain_mlm.fill(model, tokenizer, "a [MASK] that [MASK].")
+    assert len(filled) == 2
+    for best in filled:
+        assert [token for token, _ in best[:2]] == ["film", "the"] and len(best) == 5
+        ratio = best[0][1] / best[1][1]
+        assert abs(best[0][1] + best[1][1] - 1) < 1e-5 and 1.5 < ratio < 5  # e, but for the rest
+    assert filled == pretrain_mlm.fill(model.train(), tokenizer, "a [MASK] that [MASK].")
 
 
 def test_masks_are_drawn_anew_and_from_training_text():
@@ -3402,6 +3803,72 @@ def test_masks_are_drawn_anew_and_from_training_text():
     found = [{tuple(ids.tolist()): mask for ids, mask in zip(*seen[i])} for i in (1, 3)]
     assert found[0].keys() == found[1].keys() and not (found[0].keys() & {tuple(ids.tolist()) for ids in seen[0][0]})
     assert sum(torch.equal(found[0][ids], found[1][ids]) for ids in found[0]) < len(found[0]) / 2
+    held_out = seen[0][0]
+    del seen[:]
+    flags = ["--epochs", 1, "--batch_size", 100, "--whole_word", "--seed", 1]
+    with mock.patch.object(pretrain_mlm, "mask_tokens", recorded):
+        assert mlm(*flags)[0] == 0 and len(seen) == 3
+    texts = [{tuple(ids[ids > 0].tolist()) for ids in part} for part in (held_out, seen[0][0])]
+    assert texts[0] != texts[1], "drawn by the seed"
+    continuation = torch.from_numpy(mlm_batches()[0].continuation)
+    for ids, chosen in seen:  # whole words in training and for the held-out loss
+        inside = continuation[ids[:, 1:]]
+        assert torch.equal(chosen[:, 1:][inside], chosen[:, :-1][inside]) and inside.any()
+
+
+def test_the_pretraining_loop_does_what_its_flags_say():
+    """Two epochs of five steps: what reaches the optimizer, and what the model draws."""
+    seen, drawn, losses, heads, real = [], [], [], [], pretrain_mlm.predict_masked
+
+    class Recorder(AdamW):
+        def step(self):
+            decay, plain = self.param_groups
+            gradients = [p.grad for p in decay["params"] + plain["params"] if p.grad is not None]
+            norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+            seen.append((decay["lr"], plain["lr"], norm))
+            assert decay["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+            assert all(p.ndim >= 2 for p in decay["params"])
+            assert all(p.ndim < 2 for p in plain["params"])
+            super().step()
+
+    def recorded(model, *args):
+        seed = torch.initial_seed()
+        logits, targets = real(model, *args)
+        if model.training:  # the seeds of dropout and of the masks
+            drawn.append((seed, args[-1]))
+            losses.append(F.cross_entropy(logits, targets, reduction="none").detach())
+            heads.append(model.dense.weight.detach().clone())
+            assert all(module.training for module in model.modules()), "with dropout"
+        return logits, targets
+
+    def still(model, batch, vocabulary, whole_word, seed):  # the same masks at every step
+        torch.manual_seed(0)
+        return real(model, batch, vocabulary, whole_word, 0)
+
+    flags = ["--epochs", 2, "--epoch_length", 5, "--batch_size", 4, "--warmup", 0.5,
+             "--weight_decay", 0.1]
+    with mock.patch.multiple(pretrain_mlm, AdamW=Recorder, predict_masked=recorded):
+        status, said, folder = mlm(*flags, "--clip", 0.01)
+        assert status == 0, said
+        shown = [line["loss"] for line in read_metrics(folder, "step")]
+        means = [float(torch.cat(part).mean()) for part in (losses[:5], losses[5:])]
+        assert np.abs(np.array(shown) - means).max() < 1e-5, "means over tokens, since the last"
+        rates = [learning_rate(1e-4, n / 11, warmup=0.5) for n in range(1, 11)]
+        assert [(a, b) for a, b, _ in seen] == [(rate, rate) for rate in rates]
+        assert all(abs(norm - 0.01) < 1e-5 for _, _, norm in seen), seen
+        first = {seed for pair in drawn for seed in pair}
+        assert len(first) == 20, "dropout and masks are drawn anew"
+        del drawn[:]
+        assert mlm(*flags, "--seed", 1)[0] == 0
+        assert not first & {seed for pair in drawn for seed in pair}
+        assert not torch.equal(heads[0], heads[10]), "the new head has the seed"
+    del seen[:]
+    whole = mock.Mock(side_effect=lambda text, rows: collate(text, np.sort(rows)))
+    with mock.patch.multiple(pretrain_mlm, AdamW=Recorder, predict_masked=still, collate=whole):
+        flags = ["--lr", 0, "--clip", 1000, "--batch_size", 1000, "--weight_decay", 0.1]
+        assert mlm(*flags, "--epochs", 3)[0] == 0
+    norms = [norm for _, _, norm in seen]
+    assert len(norms) == 3 and norms[0] > 0 and len(set(norms)) == 1, "no gradient stays"
 
 
 def test_only_chosen_positions_are_decoded():
