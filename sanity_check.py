@@ -1045,6 +1045,24 @@ def test_regularisers_in_training():
     assert not torch.equal(last["teacher"]["bert.pos_embedding.weight"], last["model"]["bert.pos_embedding.weight"])
 
 
+def test_regularisers_are_added_to_the_loss():
+    training = training_of("--smart", "tasks=sst+sts", "--proximal", "mu=2")
+    assert training.proximal.kinds == KINDS
+    assert training.regularisers["smart"].kinds == {task: KINDS[task] for task in ("sst", "sts")}
+    for term, value in ((smart.Smoothness, 3.0), (smart.Proximal, 5.0)):
+        mock.patch.object(term, "__call__", lambda *args, value=value: torch.tensor(value)).start()
+    try:
+        for task, added in (("sst", 8), ("para", 5), ("sts", 8)):
+            batch = collate(training.data[task]["train"], np.arange(6))
+            torch.manual_seed(23)
+            alone = training.model.loss(task, batch)
+            assert abs(training.loss(task, batch, 23) - alone - added) < 1e-5, task
+    finally:
+        mock.patch.stopall()
+    means, _ = training.meter.read()
+    assert (means["sst smart"], means["sst proximal"], means["para proximal"]) == (3, 5, 5)
+
+
 def test_smoothness_goes_down_when_it_is_asked_to():
     """Thirty steps on R alone of one batch: what is added to the loss is what its gradient lowers."""
     for pair_head in ENCODINGS:
@@ -1472,12 +1490,18 @@ def test_the_training_loop_does_what_its_flags_say():
         assert not first & {seed for _, _, seed in batches} and not first_orders & set(orders)
 
 
-def test_processes_share_a_batch_and_no_dropout_mask():
-    root, seen = workspace(), {0: [], 1: []}
+def training_of(*flags):
+    """A Training of the tiny encoder and the cut demo sets, before its first step."""
+    root = workspace()
     args = multitask_classifier.resolve([*map(str, (
-        "--option", "finetune", "--model", root / "tiny", "--data_dir", root / "data"))])
+        "--option", "finetune", "--model", root / "tiny", "--data_dir", root / "data", *flags))])
     with contextlib.redirect_stdout(io.StringIO()):
         model, data = multitask_classifier.build(args, tasks.locate(args), root / "tiny")
+    return multitask_classifier.Training(args, model.train(), data)
+
+
+def test_processes_share_a_batch_and_no_dropout_mask():
+    seen, real = {0: [], 1: []}, multitask_classifier.Training.loss
     batches = [(task, np.arange(7)) for task in KINDS]
     for rank in seen:
         def recorded(examples, rows):
@@ -1488,8 +1512,7 @@ def test_processes_share_a_batch_and_no_dropout_mask():
             seen[rank].append(seed)
             return real(training, task, batch, seed)
 
-        real = multitask_classifier.Training.loss
-        training = multitask_classifier.Training(args, model.train(), data)
+        training = training_of()
         with mock.patch.multiple(multitask_classifier, rank_and_world=lambda: (rank, 2),
                                  collate=recorded), \
                 mock.patch.object(multitask_classifier.Training, "loss", loss):
@@ -1733,14 +1756,8 @@ def test_gpu_is_used_or_refused():
 def test_accumulated_steps_add_up():
     """Two steps of one row each, added, are one update: that of the summed losses. Of a buffer
     alone, and in training."""
-    root = workspace()
-    args = multitask_classifier.resolve([*map(str, (
-        "--option", "finetune", "--model", root / "tiny", "--data_dir", root / "data",
-        "--tasks", "sst", "--accumulate", 2))])
-    with contextlib.redirect_stdout(io.StringIO()):
-        model, data = multitask_classifier.build(args, tasks.locate(args), root / "tiny")
-    model.eval()  # no dropout
-    training, updates = multitask_classifier.Training(args, model, data), []
+    training, updates = training_of("--tasks", "sst", "--accumulate", 2), []
+    model, data = training.model.eval(), training.data  # no dropout
     training.optimizer_step = lambda name: updates.append(training.gradients.J[0].clone())
     for row in (0, 1):
         training.train_step([("sst", np.array([row]))])
@@ -2003,6 +2020,7 @@ def test_pooling_is_the_poolers_or_the_mean():
         assert (pooled - expected).abs().max() < 1e-6
         reached = any(p is model.bert.pooler_dense.weight for p in model.shared_parameters())
         assert reached == (pooling == "cls")
+        assert MultitaskBERT.load(run("--pooling", pooling)[2]).pooling == pooling
 
 
 def test_evaluation_restores_train_mode_and_order():
