@@ -2543,6 +2543,7 @@ def test_pooling_is_the_poolers_or_the_mean():
         assert (pooled - expected).abs().max() < 1e-6
         reached = any(p is model.bert.pooler_dense.weight for p in model.shared_parameters())
         assert reached == (pooling == "cls")
+        assert MultitaskBERT.load(run("--pooling", pooling)[2]).pooling == pooling
 
 
 def test_evaluation_restores_train_mode_and_order():
