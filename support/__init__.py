@@ -1,1 +1,1 @@
-"""Scripts beside the application, which does not import them."""
+"""What surrounds the components: files, flags, run folders, devices, evaluation, plots."""

@@ -16,12 +16,14 @@ from scipy.special import expit, softmax
 
 if not __package__:  # run as `python support/predict.py`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import exit_status, get_device, process_environment  # noqa: E402
-from data.download import InputError  # noqa: E402
-from data.tasks import Examples, first_bad_byte, tokenize  # noqa: E402
-from evaluation import predict  # noqa: E402
-from flags import Parser, is_text  # noqa: E402
+from data.tasks import Examples, first_bad_byte  # noqa: E402
+from data.tokenizer import tokenize  # noqa: E402
 from multitask_classifier import MultitaskBERT  # noqa: E402
+from support.devices import get_device, process_environment  # noqa: E402
+from support.evaluation import predict  # noqa: E402
+from support.files import InputError  # noqa: E402
+from support.flags import Parser, is_text  # noqa: E402
+from support.run import exit_status  # noqa: E402
 
 LABELS = {"sst": "sentiment, very negative to very positive",
           "para": "probability that they mean the same", "sts": "similarity, 0 to 5"}
@@ -125,12 +127,12 @@ def predict_sentences(model, rows, where=index_in_list):
                  model.pair_head.get(name) == "cross")
 
         outputs = predict(model, name, examples)
-        if task.kind == "classes":
+        if task.kind == "classification":
             values = softmax(outputs, axis=1)
         elif task.kind == "binary":
             values = expit(outputs[:, 0])
         else:
-            values = outputs[:, 0].clip(0, task.top)
+            values = outputs[:, 0].clip(0, task.max_label)
         for i, value in zip(fitting, values.astype(float).round(4).tolist()):
             predictions[i][name] = value
     return predictions

@@ -1,0 +1,236 @@
+"""What a model predicts, and how good that is: scores, F1, confusion matrix, the largest errors,
+submission files.
+
+Dimensions: N examples, C outputs of a task (classes; or one logit, or one similarity).
+"""
+import csv
+
+import numpy as np
+import torch
+from scipy.special import log_softmax
+from scipy.stats import pearsonr
+from tqdm import tqdm
+
+from data.batches import evaluation_batches, seed_of
+from support.devices import rank_and_world, sum_over_processes
+from support.files import InputError, write_atomically
+from support.run import RunFailed
+
+TRAIN_SAMPLE = 2000  # examples per task of the train score: all would cost more than a short run
+MAX_ERRORS = 50  # examples per task in errors.csv
+
+
+# ---------------------------------------------------------------- predictions
+
+@torch.no_grad()
+def predict(model, task, examples, indices=None):
+    """The outputs (N, C) in the order of `indices` (default: all). Leaves train or eval mode as it
+    was."""
+    indices = np.arange(len(examples)) if indices is None else indices
+    # each process predicts its share; the others' outputs are zero in the sum
+    rank, world = rank_and_world()
+    training = model.training
+    model.eval()
+    outputs = torch.zeros(len(examples), examples.task.num_outputs, device=model.device)
+    for batch in evaluation_batches(examples, indices[rank::world]):
+        where = torch.from_numpy(batch.indices).to(model.device)
+        outputs[where] = model.logits(task, batch).float()
+    model.train(training)
+    return sum_over_processes(outputs).cpu().numpy()[indices]
+
+
+@torch.no_grad()
+def encode_once(model, data):
+    """Run a frozen encoder over every sequence of the data and keep the pooled outputs, which no
+    epoch would change. Training and evaluation then run only the heads."""
+    total = sum(len(examples) for splits in data.values() for examples in splits.values())
+    print(f"the encoder is frozen: it runs once over {total} examples, then only the heads run")
+    model.eval()
+    with tqdm(total=total, desc="encoding", unit="example", leave=False,
+              disable=rank_and_world()[0] > 0) as bar:
+        for splits in data.values():
+            for examples in splits.values():
+                sides = len(examples.tokens[0])
+                pooled = torch.zeros(len(examples), sides, model.bert.config.hidden_size,
+                                     device=model.device)
+                for batch in evaluation_batches(examples, np.arange(len(examples))):
+                    found = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+                    where = torch.from_numpy(batch.indices).to(model.device)
+                    pooled[where] = found.unflatten(0, (sides, -1)).transpose(0, 1)  # from (S, H)
+                    bar.update(len(batch.indices))
+                examples.pooled = pooled
+
+
+def to_predictions(task, outputs):
+    """Class, 0/1, or similarity. (N, C) -> (N,)."""
+    if task.kind == "classification":
+        return outputs.argmax(axis=-1)
+    if task.kind == "binary":
+        return (outputs[:, 0] > 0).astype(int)
+    return outputs[:, 0]
+
+
+# ---------------------------------------------------------------- scores
+
+def score(task, predictions, labels):
+    """Accuracy; for a regression Pearson's r over the whole split, 0 for constant predictions."""
+    if task.kind != "regression":
+        return float((predictions == labels).mean())
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        print(f"{task.name}: constant predictions or labels have no correlation; counted as 0")
+        return 0.0
+    return float(pearsonr(predictions, labels)[0])
+
+
+def confusion_matrix(task, predictions, labels):
+    """(classes, classes): how many examples of class i (row) were predicted as class j (column)."""
+    counts = np.zeros((task.max_label + 1, task.max_label + 1), dtype=int)
+    np.add.at(counts, (labels.astype(int), predictions.astype(int)), 1)
+    return counts
+
+
+def f1_scores(task, predictions, labels):
+    """F1 = 2 TP / (2 TP + FP + FN).
+
+    binary: {"positive": of class 1}. classification: {"macro": mean, "0": ..., "1": ...}; a class
+    that neither occurs nor is predicted counts 0. regression: {}.
+    """
+    if task.kind == "regression":
+        return {}
+    # a diagonal entry is a class's true positives; its row and column hold the rest
+    counts = confusion_matrix(task, predictions, labels)
+    denominators = counts.sum(axis=0) + counts.sum(axis=1)  # 2 TP + FP + FN
+    f1 = 2 * counts.diagonal() / np.maximum(denominators, 1)
+    if task.kind == "binary":
+        return {"positive": float(f1[1])}
+    return {"macro": float(f1.mean()), **{str(i): float(value) for i, value in enumerate(f1)}}
+
+
+def overall(scores):
+    """The reports' two overall scores where all three tasks are scored: the mean (2023), and the
+    mean with (r + 1) / 2 for sts (2024)."""
+    if not {"sst", "para", "sts"} <= scores.keys():
+        return {}
+    sst, para, sts = scores["sst"], scores["para"], scores["sts"]
+    return {"overall_2023": (sst + para + sts) / 3,
+            "overall_2024": (sst + para + (sts + 1) / 2) / 3}
+
+
+def evaluate(model, data, seed):
+    """{"dev": {task: score}, "train": {task: score on a seeded sample}, "f1": {task: on dev}, and
+    the overall scores on dev}. Raises RunFailed where an output is not finite."""
+    scores = {"dev": {}, "train": {}, "f1": {}}
+    for name, splits in data.items():
+        # the train score is of the same random examples in every epoch
+        order = np.random.default_rng(seed_of(seed, "sample", name)).permutation(
+            len(splits["train"]))
+        for split, indices in (("train", order[:TRAIN_SAMPLE]), ("dev", None)):
+            if split not in splits:  # an auxiliary task has no dev set
+                continue
+            examples = splits[split]
+            outputs = predict(model, name, examples, indices)
+
+            # the score of such outputs would be meaningless, or NaN, which no epoch beats
+            if not np.isfinite(outputs).all():
+                raise RunFailed(f"the outputs for {name} {split} are not finite; the last "
+                                "checkpoint is intact; try a lower --lr, or --clip 1")
+            predictions = to_predictions(examples.task, outputs)
+            labels = examples.labels if indices is None else examples.labels[indices]
+            scores[split][name] = score(examples.task, predictions, labels)
+            f1 = f1_scores(examples.task, predictions, labels)
+            if f1 and split == "dev":
+                scores["f1"][name] = f1
+    return {**scores, **overall(scores["dev"])}
+
+
+def selection_score(scores, trained):
+    """What the best epoch is selected by: the mean dev score of the tasks that are trained
+    (overall_2023 for the three)."""
+    dev = [score for task, score in scores["dev"].items() if task in trained]
+    return sum(dev) / len(dev)
+
+
+# ---------------------------------------------------------------- what is printed and written
+
+def evaluation_line(scores):
+    parts = ["dev"]
+    for task, dev in scores["dev"].items():
+        f1 = scores["f1"].get(task, {})
+        notes = [f"{name} {f1[key]:.3f}" for key, name in (("macro", "macro F1"),
+                                                           ("positive", "F1")) if key in f1]
+        notes.append(f"train {scores['train'][task]:.3f}")
+        parts.append(f"{task} {dev:.3f} ({', '.join(notes)})")
+    parts += [f"{name} {value:.3f}" for name, value in overall(scores["dev"]).items()]
+    return "  ".join(parts)
+
+
+def gradient_lines(mean):
+    """mean: of pcgrad.diagnostics."""
+    pairs = [f"{pair} cosine {cosine:.3f}, in conflict {mean['conflict'][pair]:.0%}, "
+             f"magnitude similarity {mean['magnitude_similarity'][pair]:.2f}"
+             for pair, cosine in mean["cosine"].items()]
+    return "gradients  " + ("\n" + " " * 22).join(pairs)
+
+
+def confusion_lines(task, predictions, labels):
+    lines = [f"{task.name}: examples of each label (rows) by predicted label "
+             f"(columns, 0..{task.max_label})"]
+    for label, counts in enumerate(confusion_matrix(task, predictions, labels)):
+        lines.append(f"  label {label}  " + " ".join(f"{count:5d}" for count in counts))
+    return "\n".join(lines)
+
+
+def example_loss(task, outputs, labels):
+    """-log p(label), or the distance of a similarity from its label. (N, C), (N,) -> (N,)."""
+    if task.kind == "regression":
+        return np.abs(outputs[:, 0] - labels)
+    # a logit z against 0 is the pair of logits (0, z)
+    if task.kind == "binary":
+        outputs = np.concatenate([np.zeros_like(outputs), outputs], axis=1)
+    return -log_softmax(outputs, axis=1)[np.arange(len(labels)), labels.astype(int)]
+
+
+def write_errors(path, results):
+    """errors.csv: the wrong examples of each task with the largest loss. results: [(examples,
+    outputs)]."""
+    def write(part):
+        with open(part, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter="\t")
+            writer.writerow(["task", "id", "label", "predicted", "loss", "sentence1", "sentence2"])
+            for examples, outputs in results:
+                losses = example_loss(examples.task, outputs, examples.labels)
+                predictions = to_predictions(examples.task, outputs)
+                for i in np.argsort(-losses, kind="stable")[:MAX_ERRORS]:
+                    right = predictions[i] == examples.labels[i]
+                    if examples.task.kind == "regression" or not right:
+                        writer.writerow([examples.task.name, examples.ids[i],
+                                         f"{examples.labels[i]:g}", f"{predictions[i]:.3g}",
+                                         f"{losses[i]:.3f}", *examples.texts[i]])
+    write_atomically(path, write)
+
+
+def output_paths(args, paths, run_folder):
+    """{(task, split): path} of the predictions. Raises InputError where one cannot be written."""
+    outputs = {}
+    for task in (*args.tasks, *args.score_also):
+        for split in ("dev", "test"):
+            given = getattr(args, f"{task}_{split}_out")
+            folder = run_folder / "predictions"
+            if split in paths[task]:
+                outputs[task, split] = given or folder / f"{task}-{split}-output.csv"
+            elif given:
+                raise InputError(f"--{task}_{split}_out: there is no {task} {split} file to "
+                                 "predict")
+            if given and (given.is_dir() or not given.absolute().parent.is_dir()):
+                raise InputError(f"--{task}_{split}_out {given}: not a file in an existing folder")
+    return outputs
+
+
+def write_predictions(path, examples, outputs):
+    """The course's submission format: a header, then `id , prediction` per line."""
+    values = to_predictions(examples.task, outputs)
+    if examples.task.kind == "binary":
+        values = values.astype(float)
+    lines = [f"id \t {examples.task.header} \n"]
+    lines += [f"{i} , {value} \n" for i, value in zip(examples.ids, values)]
+    write_atomically(path, lambda part: part.write_text("".join(lines), encoding="utf-8"))
