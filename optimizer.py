@@ -1,6 +1,6 @@
-"""AdamW: Adam with the bias correction folded into the step size, then decoupled weight decay.
-
-Kingma & Ba 2014, algorithm 1 in the "efficient" form at the end of section 2; Loshchilov & Hutter 2019, algorithm 2.
+"""AdamW: Adam with the bias correction folded into the step size, then decoupled weight decay
+(Kingma & Ba 2014, algorithm 1 in the "efficient" form at the end of section 2; Loshchilov & Hutter
+2019, algorithm 2); the learning-rate schedule; and one update, which clips and sets the rate first.
 
     m <- b1 m + (1 - b1) g                      first moment
     v <- b2 v + (1 - b2) g^2                    second moment
@@ -8,38 +8,44 @@ Kingma & Ba 2014, algorithm 1 in the "efficient" form at the end of section 2; L
     theta <- theta - a m / (sqrt(v) + eps)
     theta <- theta - lr wd theta                lr, not a
 
-torch.optim.AdamW adds its eps after the bias correction of v, and decays the old theta, as Loshchilov & Hutter do, where
-the course decays the new one (an O(lr^2 wd) difference). With weight decay 0 and eps_torch = eps / sqrt(1 - b2^t) the two
-make the same step.
+torch.optim.AdamW adds its eps after the bias correction of v, and decays the old theta, as
+Loshchilov & Hutter do, where the course decays the new one (an O(lr^2 wd) difference). With weight
+decay 0 and eps_torch = eps / sqrt(1 - b2^t) the two make the same step.
 
-    python optimizer.py        both on one problem, and the time of a step beside torch's
+    python optimizer.py        both on one problem
 """
 import math
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
-CHUNK = 1 << 18  # elements a pass; a chunk's tensors (5 MiB) stay in the cache, so memory is read once for all formulas
+# Numbers per pass on a CPU. The tensors of a chunk (5 MiB) stay in the cache, so that memory is
+# read once for all formulas.
+CHUNK = 1 << 18
 
 
 class AdamW(Optimizer):
-    """AdamW(params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True), the course's constructor.
+    """AdamW with the course's constructor.
 
-    A parameter whose gradient is None is left alone: no momentum, no decay, no step counted. Raises ValueError for a
-    hyperparameter out of range, or a sparse gradient.
+    A parameter whose gradient is None is left untouched: no momentum, no decay, no step counted.
+    Raises ValueError for a hyperparameter out of range, or a sparse gradient.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True):
-        for name, value, valid in (("lr", lr, lr >= 0),
-                                   ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
-                                   ("eps", eps, eps >= 0), ("weight_decay", weight_decay, weight_decay >= 0)):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0,
+                 correct_bias=True):
+        for name, value, valid in (
+                ("lr", lr, lr >= 0), ("eps", eps, eps >= 0),
+                ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
+                ("weight_decay", weight_decay, weight_decay >= 0)):
             if not valid:
                 raise ValueError(f"invalid {name}: {value}")
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                                      correct_bias=correct_bias))
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step on every parameter that has a gradient. Returns the closure's loss, if there is one."""
+        """One step on every parameter that has a gradient. Returns the closure's loss, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -49,12 +55,14 @@ class AdamW(Optimizer):
                 if parameter.grad is None:
                     continue
                 if parameter.grad.is_sparse:
-                    raise ValueError("a sparse gradient: let autograd add it into a dense .grad, as pcgrad.py does")
+                    raise ValueError("a sparse gradient: let autograd add it into a dense .grad, "
+                                     "as with pcgrad.py's buffer")
                 state = self.state[parameter]
                 if not state:
                     state["step"] = 0
-                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)  # m
-                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)  # v
+                    for moment in ("exp_avg", "exp_avg_sq"):  # m, v
+                        state[moment] = torch.zeros_like(
+                            parameter, memory_format=torch.contiguous_format)
                 state["step"] += 1
                 adamw(parameter, parameter.grad, state, group)
         return loss
@@ -63,10 +71,15 @@ class AdamW(Optimizer):
 def adamw(parameter, gradient, state, group):
     """The formulas above on one parameter, in place."""
     lr, (beta1, beta2), t = group["lr"], group["betas"], state["step"]
-    step_size = lr * math.sqrt(1 - beta2 ** t) / (1 - beta1 ** t) if group["correct_bias"] else lr
-    whole = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
-    chunked = parameter.device.type == "cpu" and all(x.is_contiguous() for x in whole)  # a GPU wants few launches instead
-    for theta, g, m, v in zip(*(x.view(-1).split(CHUNK) for x in whole)) if chunked else [whole]:
+    step_size = lr
+    if group["correct_bias"]:
+        step_size = lr * math.sqrt(1 - beta2 ** t) / (1 - beta1 ** t)
+
+    # in chunks on a CPU; a GPU wants few launches instead
+    pieces = [(parameter, gradient, state["exp_avg"], state["exp_avg_sq"])]
+    if parameter.device.type == "cpu" and all(x.is_contiguous() for x in pieces[0]):
+        pieces = zip(*(x.view(-1).split(CHUNK) for x in pieces[0]))
+    for theta, g, m, v in pieces:
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         theta.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
@@ -74,52 +87,62 @@ def adamw(parameter, gradient, state, group):
             theta.mul_(1 - lr * group["weight_decay"])
 
 
-def parameter_groups(parameters, weight_decay):
-    """Weights decay; biases and LayerNorm, whose tensors have one dimension, do not."""
-    parameters = list(parameters)
-    return [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2]}]
-
-
 def learning_rate(peak, progress, warmup, schedule="linear"):
-    """progress: 0 before the first step, 1 after the last. Rises from 0 in the share `warmup`; then "constant", or
-    "linear" down to 0."""
+    """progress: 0 before the first update, 1 after the last. The rate rises from 0 in the first
+    `warmup` of the updates; then it is "constant", or falls to 0 ("linear")."""
     if progress < warmup:
         return peak * progress / warmup
     return peak if schedule == "constant" else peak * (1 - progress) / (1 - warmup)
 
 
-if __name__ == "__main__":
-    from checkpoint import median_times
+class ScheduledAdamW:
+    """What an update does with the gradients: clip their global norm, set the learning rate, step.
 
-    def quadratic(make, steps=200):
+    updates: how many there will be. clip: the largest norm, 0 for none. Biases and LayerNorm,
+    whose tensors have one dimension, do not decay.
+    """
+
+    def __init__(self, parameters, updates, lr, warmup, lr_schedule="linear", weight_decay=0.0,
+                 clip=1.0):
+        self.parameters, self.updates, self.done = list(parameters), updates, 0
+        self.peak, self.lr, self.clip = lr, 0.0, clip
+        self.warmup, self.lr_schedule = warmup, lr_schedule
+        self.adamw = AdamW([
+            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2]}], lr=lr)
+
+    def step(self):
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.done += 1
+        progress = self.done / (self.updates + 1)  # the + 1: so that no update has rate 0
+        self.lr = learning_rate(self.peak, progress, self.warmup, self.lr_schedule)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr
+        self.adamw.step()
+
+    def state_dict(self):
+        return {"done": self.done, "lr": self.lr, "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state):
+        self.done, self.lr = state["done"], state["lr"]
+        self.adamw.load_state_dict(state["adamw"])
+
+
+if __name__ == "__main__":
+    def minimize(make_optimizer):
+        """200 steps down a quadratic. Returns the end point and its loss."""
         torch.manual_seed(0)
-        theta = torch.nn.Parameter(torch.randn(1000, dtype=torch.float64))
-        curvature, optimizer = torch.linspace(.1, 10, 1000, dtype=torch.float64), make([theta])
-        for _ in range(steps):
+        theta = nn.Parameter(torch.randn(1000, dtype=torch.float64))
+        curvature = torch.linspace(.1, 10, 1000, dtype=torch.float64)
+        optimizer = make_optimizer([theta])
+        for _ in range(200):
             theta.grad = curvature * theta.detach()
             optimizer.step()
-        return theta.detach(), (curvature * theta.detach() ** 2).sum().item() / 2
+        return theta.detach(), float((curvature * theta.detach() ** 2).sum()) / 2
 
-    ours, loss = quadratic(lambda p: AdamW(p, lr=.01, eps=0.0))
-    theirs, _ = quadratic(lambda p: torch.optim.AdamW(p, lr=.01, eps=0.0, weight_decay=0.0))
+    ours, loss = minimize(lambda parameters: AdamW(parameters, lr=.01, eps=0.0))
+    theirs, _ = minimize(lambda parameters: torch.optim.AdamW(parameters, lr=.01, eps=0.0,
+                                                              weight_decay=0.0))
     print(f"200 steps down a quadratic: loss {loss:.4f}, "
           f"largest difference from torch.optim.AdamW {(ours - theirs).abs().max():.1e}")
-
-    shapes = [(30522, 384)] + [(384, 1536), (1536, 384), (384, 384), (384, 384), (384, 384), (384, 384)] * 6
-    kinds = {"this file": AdamW, "torch, fused": lambda p: torch.optim.AdamW(p, fused=True),
-             "torch, foreach": lambda p: torch.optim.AdamW(p, foreach=True),
-             "torch, loop": lambda p: torch.optim.AdamW(p, foreach=False)}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    optimizers = {}
-    for kind, make in kinds.items():
-        parameters = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
-        for parameter in parameters:
-            parameter.grad = torch.randn_like(parameter)
-        optimizers[kind] = make(parameters)
-    steps = {kind: lambda i, step=optimizer.step: step() for kind, optimizer in optimizers.items()}
-    median = median_times(steps, 11, device)
-    parameters = sum(math.prod(shape) for shape in shapes)
-    for kind, seconds in median.items():
-        print(f"{kind:15} {seconds / median['torch, fused']:5.2f} x torch's fused step "
-              f"({parameters / 1e6:.1f}M parameters, {device})")
