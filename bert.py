@@ -1,36 +1,264 @@
-"""BERT from scratch: the encoder of Devlin et al. 2018 (section 3 and appendix A.2), on packed tokens.
+"""BERT from scratch: the encoder of Devlin et al. 2018 (section 3 and appendix A.2).
 
-Behind the interface of the course's minBERT: `BertModel.from_pretrained(name_or_folder)`, `embed`, `encode`, and
-`model(input_ids, attention_mask)` with padded batches. Inside, the padding is dropped (attention.py says why). Any
-published BERT checkpoint loads through one table of names, and is saved in the same layout, so that
-`transformers.AutoModel.from_pretrained` opens what this file writes.
+It has the interface of the course's minBERT: `BertModel.from_pretrained(name_or_folder)`, `embed`,
+`encode`, and `model(input_ids, attention_mask)` on padded batches. Inside, the padding is dropped
+(attention.py says why): the packed tokens of a batch pass through the layers as a (T, H) tensor.
 
-    python bert.py                 encode two sentences and compare with `transformers` where it is installed
-    python bert.py --benchmark     what a training step costs, beside one around `transformers`; flags of the main script
+Any published BERT checkpoint loads through one table of names, and is saved in the same layout, so
+that `transformers.AutoModel.from_pretrained` opens what this file writes.
+
+    python bert.py        encode two sentences; compare with `transformers` where it is installed
 
 Dimensions: B sequences in the batch, L tokens in the longest, T packed tokens, H hidden size.
 """
-import copy
 import dataclasses
-import hashlib
 import json
-import pickle
-import shutil
-import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from attention import BertSelfAttention, Linear, Packing
-from data.download import (DEFAULT_ENCODER, TOKENIZER_FILES, InputError, fetch_encoder,
-                           weight_files, write_whole)
-from data.tasks import read_vocabulary
+from attention import BertSelfAttention, Packing
+from data.download import DEFAULT_ENCODER, fetch_encoder
+from data.tokenizer import copy_vocabulary
+from support.files import InputError, write_atomically
+from support.weights import read_checkpoint, to_float
 
-# Published name -> our name, applied from top to bottom; from bottom to top, and right to left, when saving.
+
+# ---------------------------------------------------------------- the model
+
+@dataclasses.dataclass
+class BertConfig:
+    """The fields of a published config.json that the encoder reads. Defaults: bert-base-uncased."""
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+    @classmethod
+    def from_folder(cls, folder, model_type="bert"):
+        """Read folder/config.json. Raises InputError where it is missing, broken, or describes
+        another architecture."""
+        path = Path(folder) / "config.json"
+        try:
+            fields = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: cannot be read ({type(error).__name__}); "
+                             "a BERT folder has a config.json") from None
+
+        # what other architectures set
+        for name, ours in (("model_type", model_type), ("hidden_act", "gelu"),
+                           ("position_embedding_type", "absolute"), ("is_decoder", False)):
+            if fields.get(name, ours) != ours:
+                raise InputError(f"{path}: {name} is {fields[name]!r}; this encoder supports only "
+                                 f"{ours!r}")
+
+        # the fields it shares with this class; what is not there has bert-base's value
+        config = cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)
+                        if field.name in fields})
+        for field in dataclasses.fields(cls):
+            # whole numbers are at least 1; the others are in [0, 1)
+            value = getattr(config, field.name)
+            least, below = (1, 2 ** 31) if field.type is int else (0, 1)
+            if not isinstance(value, (field.type, int)) or not least <= value < below:
+                raise InputError(f"{path}: {field.name} is {value!r}")
+        if config.hidden_size % config.num_attention_heads:
+            raise InputError(f"{path}: hidden_size {config.hidden_size} is no multiple of "
+                             f"num_attention_heads {config.num_attention_heads}")
+        return config
+
+    def save(self, folder, model_type="bert"):
+        fields = {"architectures": ["BertModel"], "model_type": model_type, "hidden_act": "gelu",
+                  "attention_probs_dropout_prob": 0.0, "pad_token_id": 0,
+                  **dataclasses.asdict(self)}
+        text = json.dumps(fields, indent=2) + "\n"
+        write_atomically(Path(folder) / "config.json",
+                         lambda path: path.write_text(text, encoding="utf-8"))
+
+
+class BertLayer(nn.Module):
+    """Self-attention, then a feed-forward network, each added to its input and normalized
+    afterwards ("post-norm"). (T, H) -> (T, H)."""
+
+    def __init__(self, config):
+        super().__init__()
+        H, eps = config.hidden_size, config.layer_norm_eps
+        self.self_attention = BertSelfAttention(H, config.num_attention_heads)
+        self.attention_dense = nn.Linear(H, H)
+        self.attention_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.attention_layer_norm = nn.LayerNorm(H, eps=eps)
+        self.interm_dense = nn.Linear(H, config.intermediate_size)
+        self.out_dense = nn.Linear(config.intermediate_size, H)
+        self.out_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.out_layer_norm = nn.LayerNorm(H, eps=eps)
+
+    def forward(self, hidden_states, packing, pal_output=None):
+        """pal_output: (T, H), what a task's projected attention layer makes of this layer's input;
+        it is added beside the feed-forward network."""
+        # the handout's add_norm: add to the input, then normalize
+        attention = self.attention_dense(self.self_attention(hidden_states, packing))
+        hidden_states = self.attention_layer_norm(hidden_states + self.attention_dropout(attention))
+
+        # the same for the feed-forward network, and where there is one, a task's own term
+        feed_forward = self.out_dense(F.gelu(self.interm_dense(hidden_states)))  # exact (erf) GELU
+        feed_forward = self.out_dropout(feed_forward)
+        if pal_output is not None:
+            feed_forward = feed_forward + pal_output
+        return self.out_layer_norm(hidden_states + feed_forward)
+
+
+class BertModel(nn.Module):
+    """Embeddings, num_hidden_layers BertLayers, and a tanh layer over [CLS]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        H = config.hidden_size
+        self.word_embedding = nn.Embedding(config.vocab_size, H)
+        self.pos_embedding = nn.Embedding(config.max_position_embeddings, H)
+        self.tk_type_embedding = nn.Embedding(config.type_vocab_size, H)
+        self.embed_layer_norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
+        self.embed_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.bert_layers = nn.ModuleList(BertLayer(config)
+                                         for _ in range(config.num_hidden_layers))
+        self.pooler_dense = nn.Linear(H, H)
+        self.apply(self._initialize)
+
+    def _initialize(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def embed(self, input_ids, token_type_ids=None, position_ids=None):
+        """Word + position + token type, normalized. (..., L) -> (..., L, H); or packed, (T,) ->
+        (T, H) with the positions given."""
+        # one sentence, and positions 0, 1, 2, ...
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.size(-1), device=input_ids.device)
+        embeddings = (self.word_embedding(input_ids) + self.pos_embedding(position_ids)
+                      + self.tk_type_embedding(token_type_ids))
+        return self.embed_dropout(self.embed_layer_norm(embeddings))
+
+    def encode(self, hidden_states, attention_mask):
+        """The layers, on a padded batch. (B, L, H), (B, L) -> (B, L, H), zeros on the padding."""
+        packing = Packing(attention_mask, hidden_states.device)
+        return packing.unpack(self.encode_packed(packing.pack(hidden_states), packing))
+
+    def encode_packed(self, hidden_states, packing, pal=None):
+        """The layers, on packed tokens. (T, H) -> (T, H). pal: a task's ProjectedAttention."""
+        for i, layer in enumerate(self.bert_layers):
+            pal_output = None
+            if pal is not None:
+                pal_output = pal(i, hidden_states, packing)
+            hidden_states = layer(hidden_states, packing, pal_output)
+        return hidden_states
+
+    def pack(self, input_ids, attention_mask, token_type_ids=None):
+        """Drop the padding of a batch. Returns (T,) input_ids, (T,) token_type_ids or None, and the
+        Packing, on the model's device.
+
+        Raises ValueError for an empty sequence, or a batch wider than the positions.
+        """
+        if input_ids.size(1) > self.config.max_position_embeddings:
+            raise ValueError(f"a batch {input_ids.size(1)} tokens wide, and the encoder has "
+                             f"{self.config.max_position_embeddings} positions")
+        packing = Packing(attention_mask, self.word_embedding.weight.device)
+        if token_type_ids is not None:
+            token_type_ids = packing.pack(token_type_ids)
+        return packing.pack(input_ids), token_type_ids, packing
+
+    def pool(self, first_tokens):
+        """What BERT makes of the last states of [CLS]. (B, H) -> (B, H)."""
+        return torch.tanh(self.pooler_dense(first_tokens))
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None):
+        """(B, L) each -> {"last_hidden_state": (B, L, H), zeros on the padding,
+        "pooler_output": (B, H)}."""
+        ids, types, packing = self.pack(input_ids, attention_mask, token_type_ids)
+        hidden_states = self.embed(ids, types, packing.positions)  # (T, H)
+        hidden_states = self.encode_packed(hidden_states, packing)
+        return {"last_hidden_state": packing.unpack(hidden_states),
+                "pooler_output": self.pool(packing.first(hidden_states))}
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder=DEFAULT_ENCODER, ignore=(), model_type="bert"):
+        """A published checkpoint: a folder, the default encoder's name, or a model of the Hugging
+        Face hub.
+
+        ignore: names of tensors that the caller reads by itself. model_type: what its config.json
+        must have. A missing pooler is initialized at random, and tensors that no encoder has (an
+        MLM head, for example) are left unused; both are reported. Raises InputError where a tensor
+        of the encoder is missing or misshapen, or where a file cannot be read.
+        """
+        folder = fetch_encoder(str(name_or_folder))
+        model = cls(BertConfig.from_folder(folder, model_type))
+        path, published = read_checkpoint(folder)
+
+        # every tensor is used once, or named in a message
+        own = model.state_dict()
+        found, unused = {}, []
+        for name, tensor in published.items():
+            ours = our_name(name)
+            if ours not in own:
+                unused.append(name)
+            elif ours in found:
+                raise InputError(f"{path}: two tensors for {name}, with and without a prefix")
+            elif tensor.shape != own[ours].shape:
+                raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
+                                 f"config.json asks for {tuple(own[ours].shape)}")
+            else:
+                found[ours] = to_float(path, name, tensor)
+
+        # only the pooler may be missing: sentence encoders are often published without it
+        missing = [name for name in own if name not in found]
+        if any(not name.startswith("pooler_dense.") for name in missing):
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise InputError(f"{path}: no tensor for {', '.join(missing[:3])}{more}; "
+                             "is it a BERT encoder?")
+        if missing:
+            print(f"{path}: has no pooler; it starts from random weights")
+        unused = [name for name in unused if name not in ignore]
+        if unused:
+            print(f"{path}: not part of the encoder, left unused: {', '.join(unused)}")
+        model.load_state_dict(found, strict=False)
+        return model
+
+    def save_pretrained(self, folder, vocabulary_folder=None, head=None, model_type="bert"):
+        """Write config.json and model.safetensors in the published layout.
+
+        vocabulary_folder: the folder whose vocabulary and tokenizer settings are copied. head:
+        {name: tensor} of all that stands beside the encoder. model_type: for config.json; another
+        one than "bert" where the encoder alone is not the whole model.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save(folder, model_type)
+        if vocabulary_folder:
+            copy_vocabulary(vocabulary_folder, folder)
+
+        # as published: beside a head, the names of the encoder's tensors have a prefix
+        prefix = "bert." if head else ""
+        tensors = {prefix + published_name(name): tensor.contiguous()
+                   for name, tensor in self.state_dict().items()}
+        tensors.update(head or {})
+        write_atomically(folder / "model.safetensors",
+                         lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+# ---------------------------------------------------------------- published checkpoints
+
+# Published name -> our name, applied from top to bottom; saving goes from bottom to top.
 RENAMES = [
     ("embeddings.word_embeddings.", "word_embedding."),
     ("embeddings.position_embeddings.", "pos_embedding."),
@@ -47,226 +275,11 @@ RENAMES = [
 ]
 
 
-@dataclasses.dataclass
-class BertConfig:
-    """The fields of a published config.json that this encoder reads. The defaults are bert-base-uncased."""
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    hidden_dropout_prob: float = 0.1
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-
-    @classmethod
-    def from_folder(cls, folder, model_type="bert"):
-        """Read folder/config.json. Raises InputError where it is missing, broken, or describes another architecture."""
-        path = Path(folder) / "config.json"
-        try:
-            fields = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: cannot be read ({type(error).__name__}); a BERT folder has a config.json") from None
-        for name, ours in (("model_type", model_type), ("hidden_act", "gelu"),
-                           ("position_embedding_type", "absolute"), ("is_decoder", False)):
-            if fields.get(name, ours) != ours:
-                raise InputError(f"{path}: {name} is {fields[name]!r}, and this encoder has {ours!r} only")
-        config = cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in fields})
-        for field in dataclasses.fields(cls):
-            value = getattr(config, field.name)
-            least = 1 if field.type is int else 0.0
-            if not isinstance(value, (field.type, int)) or value < least or field.type is float and value >= 1:
-                raise InputError(f"{path}: {field.name} is {value!r}")
-        if config.hidden_size % config.num_attention_heads:
-            raise InputError(f"{path}: hidden_size {config.hidden_size} is no multiple of "
-                             f"num_attention_heads {config.num_attention_heads}")
-        return config
-
-    def save(self, folder, model_type="bert"):
-        fields = {"architectures": ["BertModel"], "model_type": model_type, "hidden_act": "gelu",
-                  "attention_probs_dropout_prob": 0.0, "pad_token_id": 0, **dataclasses.asdict(self)}
-        write_whole(Path(folder) / "config.json",
-                lambda path: path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8"))
-
-
-class Dropout(nn.Dropout):
-    """Zeros with probability p, to the nearest 1 / 65536, and the rest divided by 1 - p (Srivastava et al. 2014).
-
-    On a CPU a mask takes 16 random bits a number, where torch may draw a double for each, on one core.
-    """
-
-    def forward(self, x):
-        dropped = round(self.p * 2 ** 16)  # of the 2^16 values of 16 bits
-        if not self.training or x.device.type != "cpu" or dropped in (0, 2 ** 16):
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-        kept = (bits[:x.numel()] >= dropped - 2 ** 15).view(x.shape).to(x.dtype)
-        return x * kept.mul_(2 ** 16 / (2 ** 16 - dropped))
-
-
-class BertLayer(nn.Module):
-    """Self-attention, then a feed-forward network, each added to its input and normalised (post-norm). (T, H) -> (T, H).
-
-    added: (T, H), what an adapter adds beside the feed-forward network.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        H, eps = config.hidden_size, config.layer_norm_eps
-        self.self_attention = BertSelfAttention(H, config.num_attention_heads)
-        self.attention_dense = Linear(H, H)
-        self.attention_dropout = Dropout(config.hidden_dropout_prob)
-        self.attention_layer_norm = nn.LayerNorm(H, eps=eps)
-        self.interm_dense = Linear(H, config.intermediate_size)
-        self.out_dense = Linear(config.intermediate_size, H)
-        self.out_dropout = Dropout(config.hidden_dropout_prob)
-        self.out_layer_norm = nn.LayerNorm(H, eps=eps)
-
-    def forward(self, hidden_states, packing, added=None):
-        attention = self.attention_dropout(self.attention_dense(self.self_attention(hidden_states, packing)))
-        hidden_states = self.attention_layer_norm(hidden_states + attention)
-        feed_forward = self.out_dropout(self.out_dense(F.gelu(self.interm_dense(hidden_states))))  # exact (erf) GELU
-        if added is not None:
-            feed_forward = feed_forward + added
-        return self.out_layer_norm(hidden_states + feed_forward)
-
-
-class BertModel(nn.Module):
-    """Embeddings, num_hidden_layers BertLayers, and a tanh layer over [CLS]."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        H = config.hidden_size
-        self.word_embedding = nn.Embedding(config.vocab_size, H)
-        self.pos_embedding = nn.Embedding(config.max_position_embeddings, H)
-        self.tk_type_embedding = nn.Embedding(config.type_vocab_size, H)
-        self.embed_layer_norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
-        self.embed_dropout = Dropout(config.hidden_dropout_prob)
-        self.bert_layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
-        self.pooler_dense = Linear(H, H)
-        self.apply(self._initialise)
-
-    def _initialise(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-
-    def embed(self, input_ids, token_type_ids=None, position_ids=None):
-        """Word + position + token type, normalised. (..., L) -> (..., L, H), or (T,) -> (T, H) with the positions given."""
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.size(-1), device=input_ids.device)
-        embeddings = (self.word_embedding(input_ids) + self.pos_embedding(position_ids)
-                      + self.tk_type_embedding(token_type_ids))
-        return self.embed_dropout(self.embed_layer_norm(embeddings))
-
-    def encode_packed(self, hidden_states, packing, adapter=None):
-        """The layers, on packed tokens. (T, H) -> (T, H). adapter: a ProjectedAttention."""
-        for i, layer in enumerate(self.bert_layers):
-            added = None if adapter is None else adapter(i, hidden_states, packing)
-            hidden_states = layer(hidden_states, packing, added)
-        return hidden_states
-
-    def encode(self, hidden_states, attention_mask):
-        """The layers, on a padded batch. (B, L, H), (B, L) -> (B, L, H) with zeros on the padding."""
-        packing = Packing(attention_mask, hidden_states.device)
-        return packing.unpack(self.encode_packed(packing.pack(hidden_states), packing))
-
-    def pack(self, input_ids, attention_mask, token_type_ids=None):
-        """Drop the padding of a batch. Raises ValueError for an empty sequence, or a batch wider than the positions.
-
-        Returns (T,) input_ids, (T,) token_type_ids or None, and the Packing, on the model's device. The ids end in zeros
-        that fill T up.
-        """
-        if input_ids.size(1) > self.config.max_position_embeddings:
-            raise ValueError(f"a batch {input_ids.size(1)} tokens wide, and the encoder has "
-                             f"{self.config.max_position_embeddings} positions")
-        packing = Packing(attention_mask, self.word_embedding.weight.device)
-        return packing.pack(input_ids), None if token_type_ids is None else packing.pack(token_type_ids), packing
-
-    def pool(self, first_tokens):  # (B, H) -> (B, H), the last states of [CLS]; as the authors' code has it
-        return torch.tanh(self.pooler_dense(first_tokens))
-
-    def forward(self, input_ids, attention_mask, token_type_ids=None):
-        """(B, L) each -> {"last_hidden_state": (B, L, H), zeros on the padding, "pooler_output": (B, H)}."""
-        input_ids, token_type_ids, packing = self.pack(input_ids, attention_mask, token_type_ids)
-        hidden_states = self.encode_packed(self.embed(input_ids, token_type_ids, packing.positions), packing)
-        return {"last_hidden_state": packing.unpack(hidden_states),
-                "pooler_output": self.pool(packing.first(hidden_states))}
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder=DEFAULT_ENCODER, elsewhere=(), model_type="bert"):
-        """A published checkpoint: a folder, the default encoder's name, or a model of the Hugging Face hub.
-
-        Raises InputError where a tensor of the encoder is missing or misshapen, or where the files cannot be read. A
-        missing pooler is initialised afresh, and tensors that no encoder has (an MLM head, say) are left; both are said.
-        elsewhere: names of tensors that the caller reads by itself. model_type: what its config.json must say.
-        """
-        folder = fetch_encoder(str(name_or_folder))
-        model = cls(BertConfig.from_folder(folder, model_type))
-        path, published = read_checkpoint(folder)
-        own, extra = model.state_dict(), []
-        found = {}
-        for name, tensor in published.items():
-            ours = our_name(name)
-            if ours not in own:
-                if name not in elsewhere:
-                    extra.append(name)
-            elif ours in found:
-                raise InputError(f"{path}: two tensors for {name}, with and without a prefix")
-            elif tensor.shape != own[ours].shape:
-                raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
-                                 f"config.json asks for {tuple(own[ours].shape)}")
-            else:
-                found[ours] = to_float(path, name, tensor)
-        missing = [name for name in own if name not in found]
-        if any(not name.startswith("pooler_dense.") for name in missing):
-            raise InputError(f"{path}: no tensor for {', '.join(missing[:3])}"
-                             f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; is it a BERT encoder?")
-        if missing:
-            print(f"{path}: has no pooler; it starts from random weights")
-        if extra:
-            print(f"{path}: not part of the encoder, left unused: {', '.join(extra)}")
-        model.load_state_dict(found, strict=False)
-        return model
-
-    def save_pretrained(self, folder, vocabulary_folder=None, head=None, model_type="bert"):
-        """Write config.json and model.safetensors with the published names, and a digest by which damage is noticed.
-
-        vocabulary_folder: the folder whose vocabulary and tokenizer settings go along; a vocab.txt
-        is written where it has a tokenizer.json alone. head: {name: tensor} to stand beside the
-        encoder. model_type: for config.json; another one than "bert" where the encoder alone is
-        not the model.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.config.save(folder, model_type)
-        if vocabulary_folder:
-            for name in TOKENIZER_FILES:
-                if (vocabulary_folder / name).exists():
-                    write_whole(folder / name,
-                                lambda path: shutil.copyfile(vocabulary_folder / name, path))
-            if not (vocabulary_folder / "vocab.txt").exists():
-                lines = vocabulary_lines(read_vocabulary(vocabulary_folder)[1])
-                write_whole(folder / "vocab.txt",
-                            lambda path: path.write_text(lines, encoding="utf-8", newline="\n"))
-        prefix = "bert." if head else ""  # as published: the names of an encoder with a head beside it have the prefix
-        tensors = {prefix + published_name(name): tensor.contiguous() for name, tensor in self.state_dict().items()}
-        tensors.update(head or {})
-        metadata = {"format": "pt", "blake2b": tensor_digest(tensors)}
-        write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
-
-
 def our_name(published):
     name = published.removeprefix("bert.")
     for theirs, ours in RENAMES:
         name = name.replace(theirs, ours)
-    if name.endswith(".gamma") or name.endswith(".beta"):  # TensorFlow's names, in checkpoints of 2018
+    if name.endswith((".gamma", ".beta")):  # TensorFlow's names, in checkpoints of 2018
         name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
     return name
 
@@ -277,192 +290,30 @@ def published_name(name):
     return name
 
 
-def vocabulary_lines(vocabulary):
-    """vocab.txt of {token: id}: the token of id 0, of id 1, ..., a line each.
-
-    An id without a token, or whose token no text can match since there is a space or a line break
-    in it, has an empty line, which no text matches either.
-    """
-    lines = [""] * (max(vocabulary.values()) + 1)
-    for token, i in vocabulary.items():
-        lines[i] = token if token.split() == [token] else ""
-    return "".join(line + "\n" for line in lines)
-
-
-def tensor_digest(tensors):
-    """blake2b of the names and bytes of {name: tensor}, in the order of the names; 32 hex digits."""
-    total = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        total.update(name.encode())
-        total.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
-
-
-def read_safetensors(path):
-    """{name: tensor} of a file. Raises ValueError where the digest that save_pretrained stored does not fit."""
-    with safe_open(path, "pt") as file:
-        expected = (file.metadata() or {}).get("blake2b")
-    tensors = load_file(path)
-    if expected and tensor_digest(tensors) != expected:
-        raise ValueError("some of its numbers are not those that were saved")
-    return tensors
-
-
-def read_checkpoint(folder):
-    """(path, {published name: tensor}) of a folder's weights. A pickle is read without running it.
-
-    path: the file to name in a message; the index of weights that are split into several files.
-    """
-    path, files = weight_files(folder)
-    tensors = {}
-    for file in files:
-        try:
-            read = (read_safetensors(file) if file.suffix == ".safetensors"
-                    else dict(torch.load(file, map_location="cpu", weights_only=True)))
-            if not all(isinstance(key, str) and isinstance(x, torch.Tensor)
-                       for key, x in read.items()):
-                raise TypeError
-        except FileNotFoundError:
-            raise InputError(f"{path}: {file.name}, which holds a part of the weights, "
-                             "is not there") from None
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, TypeError,
-                OSError, EOFError) as error:
-            raise InputError(f"{file}: cannot be read as named tensors and nothing else "
-                             f"({type(error).__name__}); it is damaged, or holds more than "
-                             "weights") from None
-        twice = sorted(tensors.keys() & read)
-        if twice:
-            raise InputError(f"{path}: {twice[0]} is in two of its files")
-        tensors.update(read)
-
-    name = next((key for key in tensors if key.endswith("embeddings.position_ids")), "")
-    positions = tensors.pop(name, torch.arange(0)).flatten().cpu()
-    if not torch.equal(positions, torch.arange(len(positions))):
-        raise InputError(f"{path}: position_ids is not 0, 1, 2, ..., which this encoder assumes")
-    return path, tensors
-
-
-def to_float(path, name, tensor):
-    """A tensor of a checkpoint in float32. Raises InputError for integers, which are quantized."""
-    if not tensor.is_floating_point():
-        raise InputError(f"{path}: {name} holds {tensor.dtype}, and weights are floating-point "
-                         "numbers; is the checkpoint quantized?")
-    return tensor.float()
-
-
-def benchmark(flags, rounds=15):
-    """Print the time of a training step on all tasks: packed, with its padding, in bfloat16, and around transformers' BERT.
-
-    flags: of multitask_classifier.py. The variants take turns on the same batches; the first two rounds warm up. Beside each
-    stands what share of the arithmetic rate of a large matrix product it reaches, a step being 6 operations for each
-    parameter of the layers and each real token.
-    """
-    import numpy as np
-
-    from checkpoint import autocast, get_device, median_times
-    from data.batches import collate
-    from data.tasks import locate
-    from flags import resolve
-    from multitask_classifier import build, task_loss
-    from optimizer import AdamW
-    from pcgrad import GradientBuffer, use_sparse_gradient
-
-    args = resolve(["--option", "finetune", "--pair_head", "cross", *flags])
-    folder, generator = fetch_encoder(args.model), np.random.default_rng(0)
-    model, data = build(args, locate(args), folder)
-
-    def ours(padded=False, amp=False):
-        own = copy.deepcopy(model).train()
-        own.amp = amp
-        use_sparse_gradient(own.bert.word_embedding)
-        gradients = GradientBuffer(own.shared_parameters(), {task: own.own_parameters(task) for task in own.tasks})
-        optimizer = AdamW(own.parameters(), lr=1e-5)
-
-        def step(batches):
-            gradients.zero()
-            for task, batch in batches:
-                if padded:
-                    batch = dataclasses.replace(batch, attention_mask=torch.ones_like(batch.attention_mask))
-                gradients.backward(task, own.loss(task, batch))
-            gradients.combine(seed=0)
-            nn.utils.clip_grad_norm_(own.parameters(), 1.0)
-            optimizer.step()
-        return step
-
-    def theirs(amp=False):
-        from transformers import BertModel as Peer
-
-        encoder, heads = Peer.from_pretrained(folder).to(args.device).train(), copy.deepcopy(model.heads).train()
-        parameters = [*encoder.parameters(), *heads.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-5)
-
-        def step(batches):
-            optimizer.zero_grad()
-            for task, batch in batches:
-                ids, mask, types, labels = (x.to(args.device) for x in (
-                    batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.labels))
-                with autocast(model.device, amp):
-                    states = encoder(ids, mask, types).last_hidden_state * mask.unsqueeze(-1)
-                pooled = states.float().sum(dim=1) / mask.sum(dim=1, keepdim=True)
-                task_loss(model.tasks[task], heads[task](pooled), labels).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-        return step
-
-    steps = {"packed, float32": ours(), "with its padding, float32": ours(padded=True)}
-    try:
-        get_device(args.use_gpu, amp=True)
-        steps["packed, bfloat16"] = ours(amp=True)
-        steps["transformers, bfloat16"] = theirs(amp=True)
-    except (InputError, ImportError) as error:
-        print(f"left out: {error}")
-    try:
-        steps["transformers, float32"] = theirs()
-    except ImportError as error:
-        print(f"left out: {error}")
-    batches = [[(task, collate(data[task]["train"],
-                               generator.permutation(len(data[task]["train"]))[:args.batch_size[task]]))
-                for task in args.tasks] for _ in range(rounds + 2)]
-    timed = {name: lambda i, step=step: step(batches[i]) for name, step in steps.items()}
-    products = {name: next(dtype for dtype in ("float32", "bfloat16") if dtype in name) + " product" for name in steps}
-    for name in set(products.values()):
-        dtype = getattr(torch, name.split()[0])
-        square, product = torch.randn(2048, 2048), Linear(2048, 2048, bias=False).requires_grad_(False)
-        square, product = square.to(args.device, dtype), product.to(args.device, dtype)
-        timed[name] = lambda i, square=square, product=product: product(square)
-    median = median_times(timed, rounds, args.device)
-    tokens = sum(int(batch.attention_mask.sum()) for step in batches for _, batch in step) / len(batches)
-    operations = 6 * sum(p.numel() for p in model.bert.bert_layers.parameters()) * tokens
-    print(f"a training step of {args.batch_size} rows, {tokens:.0f} tokens: medians of {rounds} over that of packed float32, "
-          "and the share of the rate of a large matrix product:")
-    for name in steps:
-        rate = 2 * 2048 ** 3 / median[products[name]]
-        print(f"  {name:28} {median[name] / median['packed, float32']:.2f}  {operations / median[name] / rate:4.0%}")
-
-
 if __name__ == "__main__":
-    if "--benchmark" in sys.argv:
-        benchmark([flag for flag in sys.argv[1:] if flag != "--benchmark"])
-        sys.exit()
-
-    from data.tasks import load_tokenizer
+    from data.tokenizer import load_tokenizer
 
     folder = fetch_encoder()
-    encodings = load_tokenizer(folder).encode_batch(["An encoder reads the whole sentence at once.", "So does this one."])
-    length = max(len(e.ids) for e in encodings)
-    input_ids = torch.tensor([e.ids + [0] * (length - len(e.ids)) for e in encodings])  # (2, L)
+    sentences = ["An encoder reads the whole sentence at once.", "So does this one."]
+    encodings = load_tokenizer(folder).encode_batch(sentences)
+    length = max(len(encoding.ids) for encoding in encodings)
+    input_ids = torch.tensor([encoding.ids + [0] * (length - len(encoding.ids))
+                              for encoding in encodings])  # (2, L)
     attention_mask = (input_ids != 0).long()
+
     model = BertModel.from_pretrained(folder).eval()
     with torch.no_grad():
         ours = model(input_ids, attention_mask)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     print({name: tuple(tensor.shape) for name, tensor in ours.items()})
+
     try:
-        from transformers import BertModel as Peer
+        from transformers import BertModel as TransformersBert
     except ImportError:
         print("transformers is not installed: no comparison")
     else:
         with torch.no_grad():
-            theirs = Peer.from_pretrained(folder).eval()(input_ids, attention_mask)
-        difference = (theirs.last_hidden_state - ours["last_hidden_state"])[attention_mask.bool()].abs().max()
-        print(f"largest difference from transformers.BertModel: {difference:.1e}")
+            theirs = TransformersBert.from_pretrained(folder).eval()(input_ids, attention_mask)
+        difference = theirs.last_hidden_state - ours["last_hidden_state"]
+        largest = difference[attention_mask.bool()].abs().max()
+        print(f"largest difference from transformers.BertModel: {largest:.1e}")
