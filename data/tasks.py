@@ -1,46 +1,46 @@
-"""The tasks as a table, their files read strictly, their sentences tokenised once.
+"""The tasks as a table, and their files.
 
-A file is the course's format: tab-separated with a header, fields that hold a tab or a quote are quoted, a quote inside
-is doubled. Columns are found by name, so their order and further columns do not matter. Nothing is
-dropped in silence: malformed rows of a file with labels are counted and shown, and more than 1 % of
-them stops the run. Of a file without labels no row is dropped, since the predictions must have
-every id: an empty text is predicted as it is, and shown.
+A file has the course's format: tab-separated with a header; fields that hold a tab or a quote are
+quoted, and a quote inside is doubled. Columns are found by name, so their order and further columns
+do not matter. Nothing is dropped silently: the malformed rows of a file with labels are counted and
+shown, and more than 1 % of them stops the run. Of a file without labels no row is dropped, since
+the predictions must have every id: an empty text is predicted as it is, and reported.
 
-    python data/tasks.py FILE [TASK]        what a file holds: rows, labels, malformed rows, lengths in tokens
+    python data/tasks.py FILE [TASK]        what a file holds: rows, labels, lengths in tokens
 """
 import argparse
 import csv
 import dataclasses
 import hashlib
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import BertWordPieceTokenizer
-from tokenizers.models import WordPiece
 
 if not __package__:  # run as `python data/tasks.py`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.download import InputError, fetch_encoder, read_json  # noqa: E402
-
+from data.download import fetch_encoder  # noqa: E402
+from data.tokenizer import fitting_tokenizer, load_tokenizer, tokenize  # noqa: E402
+from support.files import InputError  # noqa: E402
 
 DATA = Path(__file__).resolve().parent
-csv.field_size_limit(2 ** 31 - 1)  # a long field is data, and cut to the encoder's positions later
+csv.field_size_limit(2 ** 31 - 1)  # a long field is data; it is truncated as tokens, later
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One row of the table. `kind` fixes outputs, loss and metric; the labels lie in 0..top (None: as the file has it)."""
+    """One task of the table. `kind` determines outputs, loss and metric."""
     name: str
-    stem: str  # the files are stem-train.csv, stem-dev.csv and stem-test-student.csv
+    stem: str  # of its files: stem-train.csv, stem-dev.csv, stem-test-student.csv
     text_columns: tuple
     label_column: str
-    kind: str  # "classes": cross entropy, accuracy; "binary": one logit, accuracy; "similarity": squared error, Pearson
-    top: int | None
-    heading: str  # of the course's submission file
+    # classification: cross entropy, accuracy. binary: one logit, accuracy. regression: squared
+    # error, Pearson
+    kind: str
+    max_label: int | None  # labels are 0..max_label; None: read from the file
+    header: str  # of the course's submission file
 
     @property
     def is_pair(self):
@@ -48,47 +48,55 @@ class Task:
 
     @property
     def num_outputs(self):
-        return self.top + 1 if self.kind == "classes" else 1
+        return self.max_label + 1 if self.kind == "classification" else 1
 
     def filename(self, split):
-        return f"{self.stem}-test-student.csv" if split == "test" else f"{self.stem}-{split}.csv"
+        return f"{self.stem}-{'test-student' if split == 'test' else split}.csv"
 
 
 PAIR = ("sentence1", "sentence2")
 TASKS = {task.name: task for task in (
-    Task("sst", "ids-sst", ("sentence",), "sentiment", "classes", 4, "Predicted_Sentiment"),
+    Task("sst", "ids-sst", ("sentence",), "sentiment", "classification", 4, "Predicted_Sentiment"),
     Task("para", "quora", PAIR, "is_duplicate", "binary", 1, "Predicted_Is_Paraphrase"),
-    Task("sts", "sts", PAIR, "similarity", "similarity", 5, "Predicted_Similiary"),  # spelt as the course spells it
-    Task("cfimdb", "ids-cfimdb", ("sentence",), "sentiment", "classes", 1, "Predicted_Sentiment"),
+    Task("sts", "sts", PAIR, "similarity", "regression", 5, "Predicted_Similiary"),  # the course's
+    Task("cfimdb", "ids-cfimdb", ("sentence",), "sentiment", "classification", 1,
+         "Predicted_Sentiment"),
 )}
-MOST_CLASSES = 1000  # of an auxiliary task
+MAX_CLASSES = 1000  # of an auxiliary task
 
 
 def auxiliary(name):
-    """A task that is there to help the others: one sentence, classes 0, 1, ...; a file like sst's."""
-    return Task(name, name, ("sentence",), "sentiment", "classes", None, "")
+    """A task that only helps the others: one sentence, classes 0, 1, ...; a file like sst's."""
+    return Task(name, name, ("sentence",), "sentiment", "classification", None, "")
 
 
 @dataclasses.dataclass
 class Examples:
-    """The rows of one file. `tokens` is filled by `tokenize`: a list of sequences a row, one or (bi-encoded pair) two,
-    each (ids, length of its first segment)."""
+    """The examples of one file."""
     task: Task
     path: Path
     ids: list
-    texts: list  # of tuples, one string a text column
+    texts: list  # of tuples, one string per text column
     labels: np.ndarray | None  # (N,) float32; None for a test file
     malformed: list  # "line 12: ..." of every row that was left out
+    # filled by `tokenize`: per example one sequence, or two for a pair encoded separately; each is
+    # (ids, length of its first segment)
     tokens: list | None = None
-    pooled: Any = None  # (N, sequences a row, H), what a frozen encoder makes of them; filled by evaluation.encode_once
+    # filled by evaluation.encode_once: (N, sequences per example, H), from a frozen encoder
+    pooled: Any = None
 
     def __len__(self):
         return len(self.ids)
 
-    def take(self, rows):  # those rows alone, in that order
-        ids, texts, tokens = ([column[row] for row in rows] for column in (self.ids, self.texts, self.tokens))
-        return dataclasses.replace(self, ids=ids, texts=texts, labels=self.labels[rows], tokens=tokens)
+    def take(self, indices):
+        """Only those examples, in that order."""
+        ids, texts, tokens = ([column[i] for i in indices]
+                              for column in (self.ids, self.texts, self.tokens))
+        return dataclasses.replace(self, ids=ids, texts=texts, tokens=tokens,
+                                   labels=self.labels[indices])
 
+
+# ---------------------------------------------------------------- reading a file
 
 def read_rows(path):
     """(line where it starts, fields) of every row, the header first.
@@ -143,6 +151,7 @@ def read_examples(path, task, labelled=True, skip_malformed=False):
     _, header = next(rows)
     check_header(path, header, task, labelled)
 
+    # with labels a flawed row is left out; without labels it is kept, if it has an id
     ids, texts, labels, shown = [], [], [], []
     for line, fields in rows:
         row = dict(zip(header, fields))
@@ -161,14 +170,14 @@ def read_examples(path, task, labelled=True, skip_malformed=False):
 
         ids.append(row["id"].strip())
         texts.append(tuple(row[column].strip() for column in task.text_columns))
-        labels.append(float(row[task.label_column]) if labelled else 0.0)
+        labels.append(float(row[task.label_column].strip()) if labelled else 0.0)
 
     malformed = shown if labelled else []
     report_rows(path, len(ids) + len(malformed), shown, labelled, skip_malformed)
     if not ids:
         raise InputError(f"{path}: no rows")
-    if task.top is None:
-        task = dataclasses.replace(task, top=int(max(labels)))
+    if task.max_label is None:
+        task = dataclasses.replace(task, max_label=int(max(labels)))
     labels = np.array(labels, dtype=np.float32) if labelled else None
     return Examples(task, path, ids, texts, labels, malformed)
 
@@ -200,7 +209,7 @@ def report_rows(path, total, shown, labelled, skip_malformed):
         return
     if len(shown) > 0.01 * total and not skip_malformed:
         raise InputError(f"{path}: {len(shown)} of {total} rows are malformed: {reasons}; "
-                         "mend them, or leave them out with --skip_malformed")
+                         "fix them, or leave them out with --skip_malformed")
     print(f"{path}: left out {len(shown)} malformed of {total} rows: {reasons}")
 
 
@@ -230,11 +239,11 @@ def label_error(row, task):
         label = float(text)
     except ValueError:
         return f"{task.label_column} {text[:20]!r} is no number"
-    top = MOST_CLASSES - 1 if task.top is None else task.top
-    if not 0 <= label <= top:  # also catches nan
-        return f"{task.label_column} {text} is outside 0..{top}"
-    if task.kind != "similarity" and label != int(label):
-        return f"{task.label_column} {text} is not a class 0..{top}"
+    max_label = MAX_CLASSES - 1 if task.max_label is None else task.max_label
+    if not 0 <= label <= max_label:  # also catches nan
+        return f"{task.label_column} {text} is outside 0..{max_label}"
+    if task.kind != "regression" and label != int(label):
+        return f"{task.label_column} {text} is not a class 0..{max_label}"
     return None
 
 
@@ -256,212 +265,39 @@ def first_bad_byte(raw):
         return f"line {line}: byte {raw[error.start]:#04x} is not UTF-8"
 
 
-# What a folder may set, by its name in tokenizer_config.json: the name in the normalizer of
-# tokenizer.json, and the values. strip_accents null: accents are stripped where text is lowercased.
-SETTINGS = {"do_lower_case": ("lowercase", (True, False)),
-            "strip_accents": ("strip_accents", (True, False, None)),
-            "tokenize_chinese_chars": ("handle_chinese_chars", (True, False))}
-# What the two files may state but not choose: the values that mean what is done here.
-FIXED = {"tokenizer_class": ("BertTokenizer", "BertTokenizerFast", "TokenizersBackend",
-                             "PreTrainedTokenizerFast", None),
-         "do_basic_tokenize": (True,), "never_split": (None, []), "clean_text": (True,),
-         "split_special_tokens": (False,), "wordpieces_prefix": ("##",), "unk_token": ("[UNK]",),
-         "cls_token": ("[CLS]",), "sep_token": ("[SEP]",), "mask_token": ("[MASK]", None)}
-FIXED_PARTS = {  # of tokenizer.json
-    "model": {"type": ("WordPiece",), "unk_token": ("[UNK]",), "continuing_subword_prefix": ("##",),
-              "max_input_chars_per_word": (100,)},
-    "normalizer": {"type": ("BertNormalizer",), "clean_text": (True,)},
-    "pre_tokenizer": {"type": ("BertPreTokenizer",)}}
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
-def load_tokenizer(folder):
-    """BERT's word pieces, of the vocabulary and the settings that stand in a folder. Raises
-    InputError where they cannot be read, or ask for what BERT's word pieces are not.
-
-    Ids equal those of transformers.BertTokenizer (version 5), which like this one is the tokenizers
-    library. It differs from what was published in four ways. Two hold here as well, of BERT's first
-    tokenizer in Python: where accents are kept, letters and accents that come apart are not
-    composed (NFC), and a capital sigma that ends a word becomes the sigma of the middle. Two do
-    not: it passes over the normalizer of tokenizer.json and takes its defaults for what
-    tokenizer_config.json does not set, where this function follows the normalizer; and it passes
-    over do_basic_tokenize and never_split, which this function rejects.
-    """
-    path, vocabulary = read_vocabulary(folder)
-    for token in ("[CLS]", "[SEP]", "[UNK]"):
-        if token not in vocabulary:
-            raise InputError(f"{path}: no {token} in the vocabulary; is it BERT's?")
-    settings = read_settings(folder)
-    if "do_lower_case" not in settings:
-        cased = [token for token in vocabulary if token.isalpha() and token != token.lower()]
-        if cased:
-            print(f"{path}: has words with capitals ({', '.join(cased[:3])}), but do_lower_case is "
-                  "not set, so that text is lowercased; for a cased encoder put "
-                  '{"do_lower_case": false} into tokenizer_config.json')
-    return BertWordPieceTokenizer(vocabulary, lowercase=settings.get("do_lower_case", True),
-                                  strip_accents=settings.get("strip_accents"),
-                                  handle_chinese_chars=settings.get("tokenize_chinese_chars", True))
-
-
-def read_vocabulary(folder):
-    """(the file, {token: id}) of a folder's vocab.txt, or of its tokenizer.json where there is no
-    vocab.txt. Raises InputError."""
-    path = Path(folder) / "vocab.txt"
-    if path.exists():
-        try:
-            path.read_text(encoding="utf-8")  # the library's own errors do not tell what is wrong
-            return path, WordPiece.read_file(str(path))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({type(error).__name__})") from None
-    path = path.with_name("tokenizer.json")
-    if not path.exists():
-        raise InputError(f"{folder}: neither vocab.txt nor tokenizer.json is there")
-    vocabulary = read_tokenizer_json(path)["model"].get("vocab")
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [None]
-    if not all(type(i) is int and 0 <= i < 2 ** 31 for i in ids) or len(set(ids)) < len(ids):
-        raise InputError(f"{path}: its model's vocab is not word pieces with an id each, 0, 1, ...")
-    return path, vocabulary
-
-
-def read_tokenizer_json(path):
-    """The object in a tokenizer.json. Its padding, truncation and [CLS] ... [SEP] are passed over,
-    since `tokenize` has its own. Raises InputError where the rest is not BERT's."""
-    fields = read_json(path)
-    for part, fixed in FIXED_PARTS.items():
-        if not isinstance(fields.get(part), dict):
-            raise InputError(f"{path}: no {part} in it; is it BERT's?")
-        check_fixed(f"{path}: {part}: ", fields[part], fixed)
-    check_added(path, fields.get("added_tokens"))
-    return fields
-
-
-def read_settings(folder):
-    """{name of SETTINGS: value} of what a folder sets, in tokenizer_config.json, which transformers
-    follows, or else in the normalizer of tokenizer.json. Raises InputError."""
-    config_path, json_path = Path(folder) / "tokenizer_config.json", Path(folder) / "tokenizer.json"
-    config = read_json(config_path) if config_path.exists() else {}
-    normalizer = read_tokenizer_json(json_path)["normalizer"] if json_path.exists() else {}
-    check_fixed(f"{config_path}: ", config, FIXED)
-    check_added(config_path, config.get("added_tokens_decoder"))
-    settings = {}
-    for name, (in_normalizer, values) in SETTINGS.items():
-        for path, key, fields in ((config_path, name, config),
-                                  (json_path, in_normalizer, normalizer)):
-            if key not in fields:
-                continue
-            value = fields[key]
-            if not any(value is allowed for allowed in values):  # 1 == True, but is no setting
-                raise InputError(f"{path}: {key} is {json.dumps(value)}, and can be "
-                                 f"{' or '.join(map(json.dumps, values))} only")
-            if settings.setdefault(name, value) is not value:
-                print(f"{path}: {key} is {json.dumps(value)}, and {name} in {config_path.name} is "
-                      f"{json.dumps(settings[name])}; the latter is used")
-    return settings
-
-
-def check_fixed(where, fields, fixed):
-    """Raises InputError for a setting that has another value than those that are done here."""
-    for name, values in fixed.items():
-        value = fields.get(name, values[0])
-        if isinstance(value, dict):  # a token with its flags
-            value = value.get("content")
-        if value not in values:
-            raise InputError(f"{where}{name} is {json.dumps(value)}, and this tokenizer has "
-                             f"{json.dumps(values[0])} only")
-
-
-def check_added(path, added):
-    """Raises InputError for tokens that are cut out of a text before it is split into words. added:
-    {id: token}, or a list of tokens."""
-    added = list(added.values()) if isinstance(added, dict) else added or []
-    contents = [token.get("content") if isinstance(token, dict) else token
-                for token in (added if isinstance(added, list) else [added])]
-    other = [token for token in contents if token not in SPECIAL]
-    if other:
-        raise InputError(f"{path}: adds {json.dumps(other[0], ensure_ascii=False)} to the word "
-                         f"pieces, and this tokenizer knows {', '.join(SPECIAL)} only")
-
-
-def fitting_tokenizer(folder, config, pairs):
-    """load_tokenizer for an encoder. Raises InputError where the encoder is too small for the
-    vocabulary or the task. config: its BertConfig. pairs: two sentences may be one sequence."""
-    tokenizer = load_tokenizer(folder)
-    most, least = max(tokenizer.get_vocab().values()) + 1, 5 if pairs else 3
-    if most > config.vocab_size:
-        raise InputError(f"{folder}: the encoder has {config.vocab_size} word embeddings "
-                         f"(vocab_size), too few for its vocabulary of {most}")
-    if pairs and config.type_vocab_size < 2:
-        raise InputError(f"{folder}: the encoder has one token type (type_vocab_size), and a pair "
-                         "that is read as one sequence has two")
-    if config.max_position_embeddings < least:
-        raise InputError(f"{folder}: the encoder has {config.max_position_embeddings} positions "
-                         f"(max_position_embeddings), too few for "
-                         f"{'[CLS] a [SEP] b [SEP]' if pairs else '[CLS] a [SEP]'}")
-    return tokenizer
-
-
-def tokenize(examples, tokenizer, max_length, cross):
-    """Fill examples.tokens: [CLS] a [SEP] a text, or [CLS] a [SEP] b [SEP] for a pair if `cross`.
-
-    What is longer than max_length tokens is cut (of a cross-encoded pair the longer side first), counted, and said.
-    """
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    columns = [tokenizer.encode_batch(list(column), add_special_tokens=False) for column in zip(*examples.texts)]
-    cut, examples.tokens = 0, []
-    for encodings in zip(*columns):
-        pieces = [encoding.ids for encoding in encodings]
-        joined = [pieces] if cross else [[piece] for piece in pieces]  # the texts of each sequence
-        cut += any(sum(map(len, texts)) + len(texts) + 1 > max_length for texts in joined)
-        examples.tokens.append([join(texts, cls, sep, max_length) for texts in joined])
-    if cut:
-        print(f"{examples.path}: cut {cut} of {len(examples)} rows to {max_length} tokens")
-    return examples
-
-
-def join(texts, cls, sep, max_length):
-    """([CLS] a [SEP] b [SEP] as int64, length of [CLS] a [SEP]), cut to max_length."""
-    room = max_length - len(texts) - 1
-    if len(texts) == 2:
-        a, b = map(len, texts)
-        keep_a = max(room - b, min(a, (room + 1) // 2))  # cut the longer side, then both alike
-        texts = [texts[0][:keep_a], texts[1][:room - min(a, keep_a)]]
-    else:
-        texts = [texts[0][:room]]
-    first = [cls, *texts[0], sep]
-    return np.array(first + [i for text in texts[1:] for i in (*text, sep)], dtype=np.int64), len(first)
-
+# ---------------------------------------------------------------- the data of a run
 
 def task_names(text, flag="--tasks"):
-    """"sst,para" as a list. Raises InputError for what the table has not, or a task named twice."""
+    """"sst,para" as a list. Raises InputError for an unknown task, or one named twice."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in TASKS:
-            raise InputError(f"argument {flag}: unknown task {name!r}; the tasks are {', '.join(TASKS)}")
+            raise InputError(f"argument {flag}: unknown task {name!r}; the tasks are "
+                             f"{', '.join(TASKS)}")
     if len(set(names)) < len(names):
         raise InputError(f"argument {flag}: a task is named twice")
     return names
 
 
-def locate(args, splits=("train", "dev", "test")):
-    """{task: {split: path}} of a run's flags; test only where there is one. Raises InputError for a missing file.
+def find_data_files(args, splits=("train", "dev", "test")):
+    """{task: {split: path}} of a run's flags; test only where there is such a file. Raises
+    InputError for a missing file.
 
-    args: tasks, data_dir, and where the script has such flags score_also (tasks), aux ({name: file}) and TASK_SPLIT (a
-    path or None).
+    args: tasks, data_dir, and where the script has such flags score_also (tasks), aux ({name:
+    file}) and TASK_SPLIT (a path or None).
     """
     names, aux = [*args.tasks, *getattr(args, "score_also", ())], getattr(args, "aux", {})
-    given = {(task, split): getattr(args, f"{task}_{split}", None) for task in TASKS for split in splits}
+    given = {(task, split): getattr(args, f"{task}_{split}", None)
+             for task in TASKS for split in splits}
     for (task, split), path in given.items():
         if path is not None and task not in names:
-            raise InputError(f"--{task}_{split}: {task} is not among --tasks {','.join(args.tasks)}")
+            raise InputError(f"--{task}_{split}: {task} is not among --tasks "
+                             f"{','.join(args.tasks)}")
     given = {key: path for key, path in given.items() if key[0] in names}
-    folder = args.data_dir or DATA
-    needed = [DATA / TASKS[task].filename(split) for (task, split), path in given.items() if not path and split != "test"]
-    if args.data_dir is None and not all(path.exists() for path in needed):
-        folder = DATA / "demo"
-        print(f"*** The real sets are not in {os.path.relpath(DATA)}: this run uses the small demo sets in "
-              f"{os.path.relpath(folder)}, and its scores are\n*** no results. For the real ones: python data/download.py",
-              flush=True)
-    paths = {task: {} for task in names} | {name: {"train": Path(path)} for name, path in aux.items()}
+    folder = args.data_dir or default_folder(given)
+
+    # a file that was named, or the one with the course's name; only a test file may be missing
+    paths = {task: {} for task in names}
     for (task, split), path in given.items():
         default = folder / TASKS[task].filename(split)
         if path is None and split == "test" and not default.exists():
@@ -469,35 +305,57 @@ def locate(args, splits=("train", "dev", "test")):
             continue
         paths[task][split] = path or default
         if not paths[task][split].is_file():
-            raise InputError(f"{paths[task][split]}: no such file; give --data_dir, or --{task}_{split} FILE")
+            raise InputError(f"{paths[task][split]}: no such file; give --data_dir, or "
+                             f"--{task}_{split} FILE")
     for name, path in aux.items():
+        paths[name] = {"train": Path(path)}
         if not Path(path).is_file():
             raise InputError(f"argument --aux: {path}: no such file")
     return paths
 
 
+def default_folder(given):
+    """data/ where all files are there that are needed and not given, else data/demo/, which is
+    reported. given: {(task, split): path or None}"""
+    needed = [DATA / TASKS[task].filename(split) for (task, split), path in given.items()
+              if path is None and split != "test"]
+    if all(path.exists() for path in needed):
+        return DATA
+    folder = DATA / "demo"
+    print(f"*** The real sets are not in {os.path.relpath(DATA)}: this run uses the demo sets in "
+          f"{os.path.relpath(folder)},\n*** which are too small for meaningful scores. "
+          "For the real sets: python data/download.py", flush=True)
+    return folder
+
+
 def load_data(paths, encoder_folder, config, cross, skip_malformed):
-    """{task: {split: tokenised Examples}}. paths: {task: {split: path}}; a task that is not in the table is an auxiliary
-    one. cross: the pair tasks to cross-encode. Raises InputError."""
+    """{task: {split: tokenized Examples}}. Raises InputError.
+
+    paths: {task: {split: path}}; a task that is not in the table is an auxiliary one. cross: the
+    pair tasks to cross-encode.
+    """
     tokenizer = fitting_tokenizer(encoder_folder, config, pairs=bool(cross))
     data = {}
-    for task, splits in paths.items():
-        data[task] = {split: tokenize(read_examples(path, TASKS.get(task) or auxiliary(task), split != "test",
-                                                    skip_malformed),
-                                      tokenizer, config.max_position_embeddings, task in cross)
-                      for split, path in splits.items()}
-        print(f"{task}: " + ", ".join(f"{len(examples)} {split}" for split, examples in data[task].items()) + " rows")
+    for name, splits in paths.items():
+        task, data[name] = TASKS.get(name) or auxiliary(name), {}
+        for split, path in splits.items():
+            examples = read_examples(path, task, split != "test", skip_malformed)
+            data[name][split] = tokenize(examples, tokenizer, config.max_position_embeddings,
+                                         name in cross)
+        sizes = ", ".join(f"{len(examples)} {split}" for split, examples in data[name].items())
+        print(f"{name}: {sizes} examples")
     return data
 
 
 def data_digest(data):
-    """A fingerprint of tokens and labels of {task: {split: Examples}}: of what a run that goes on must find again."""
+    """A fingerprint of tokens and labels of {task: {split: Examples}}, which a resumed run must
+    find unchanged."""
     total = hashlib.blake2b(digest_size=16)
     for task, splits in data.items():
         for split, examples in splits.items():
             total.update(f"{task} {split} {len(examples)}".encode())
-            for row in examples.tokens:
-                for ids, _ in row:
+            for sequences in examples.tokens:
+                for ids, _ in sequences:
                     total.update(ids.tobytes())
             if examples.labels is not None:
                 total.update(examples.labels.tobytes())
@@ -507,7 +365,8 @@ def data_digest(data):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="What a file of a task holds.")
     parser.add_argument("file", type=Path)
-    parser.add_argument("task", choices=list(TASKS), nargs="?", help="default: the one whose files are named so")
+    parser.add_argument("task", choices=list(TASKS), nargs="?",
+                        help="default: the one whose files have such a name")
     options = parser.parse_args()
     named = [name for name, task in TASKS.items() if options.file.name.startswith(task.stem)]
     if not options.task and not named:
@@ -519,8 +378,11 @@ if __name__ == "__main__":
         tokenize(examples, load_tokenizer(fetch_encoder()), 512, cross=True)
     except InputError as error:
         parser.error(str(error))
-    lengths = np.array([len(ids) for row in examples.tokens for ids, _ in row])
-    print(f"{examples.path}: {len(examples)} rows of task {examples.task.name}, {len(examples.malformed)} malformed; "
-          f"tokens a sequence: median {np.median(lengths):.0f}, longest {lengths.max()}")
+
+    lengths = np.array([len(ids) for sequences in examples.tokens for ids, _ in sequences])
+    print(f"{examples.path}: {len(examples)} rows of task {examples.task.name}, "
+          f"{len(examples.malformed)} malformed; tokens per sequence: median "
+          f"{np.median(lengths):.0f}, longest {lengths.max()}")
     if examples.labels is not None:
-        print("labels:", dict(zip(*(x.tolist() for x in np.unique(examples.labels.round(), return_counts=True)))))
+        values, counts = np.unique(examples.labels.round(), return_counts=True)
+        print("labels:", dict(zip(values.tolist(), counts.tolist())))
