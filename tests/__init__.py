@@ -1,0 +1,1 @@
+"""The checks that `python sanity_check.py` runs after its lesson, one file per component."""

@@ -1,0 +1,407 @@
+"""The commands of the README and of results/, the tables and averages of the recorded runs."""
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from scipy.stats import ttest_ind
+
+import multitask_classifier
+import pretrain_mlm
+from data.batches import Schedule, collate
+from data.tasks import TASKS, read_examples
+from data.tokenizer import tokenize
+from multitask_classifier import MultitaskBERT
+from support import flags, plots
+from support.evaluation import predict
+from support.files import InputError
+from support.run import read_metrics
+from tests.helpers import (DEMO, PROJECT, needs_full, quietly, raises, run, same, three_task_model,
+                           trained, workspace)
+
+RESULTS = PROJECT / "results"
+SCRIPTS = {"multitask_classifier.py": multitask_classifier, "pretrain_mlm.py": pretrain_mlm,
+           "support/plots.py": plots}
+
+
+@functools.cache
+def script(name):
+    """A script of results/, as a module. name: rows/rows"""
+    specification = importlib.util.spec_from_file_location(Path(name).name,
+                                                           RESULTS / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[Path(name).name] = module  # dataclasses look there
+    specification.loader.exec_module(module)
+    return module
+
+
+def readme():
+    return (PROJECT / "README.md").read_text(encoding="utf-8")
+
+
+def parsed(command):
+    """The checked flags of a command of multitask_classifier.py, in words."""
+    python, name, *argv = command
+    assert (python, name) == ("python", "multitask_classifier.py")
+    with mock.patch.object(flags, "get_device", lambda use_gpu, amp: "cpu"):  # as on any machine
+        return flags.parse_flags(multitask_classifier.get_parser, flags.check_training_flags, argv,
+                                 "--name")
+
+
+# ---------------------------------------------------------------- the README's commands
+
+def commands_of(cell):
+    """The commands of a cell of the README's table: "`a`, then `b`, and with `--flag`" -> [a, b,
+    b --flag]."""
+    commands, full = [], None
+    for command in re.findall("`(.*?)`", cell):
+        if command.startswith("--"):
+            command = f"{full} {command}"
+        else:
+            full = command
+        commands.append(command)
+    return commands
+
+
+def commands_of_the_reports():
+    """{system: its commands} of the README's table of the five reports, with $TRAIN replaced."""
+    table = readme().split("## Every system of the five reports")[1].split("\n## ")[0]
+    train = re.search('^TRAIN="(.*)"$', readme(), re.MULTILINE)[1]
+    cells = re.findall(r"^\| (\d\w) \|.*?\| (`.*) \|$", table, flags=re.MULTILINE)
+    return {name: [command.replace("$TRAIN", train) for command in commands_of(cell)]
+            for name, cell in cells}
+
+
+def shortened(command, name):
+    """(script, flags, the file it leaves) of a command, cut to the tiny encoder and a few steps of
+    the demo sets. name: of the run's folder, where the command gives none."""
+    root, tiny, data = workspace() / "commands", workspace() / "tiny", workspace() / "data"
+    command = command.replace("--name ", "--name runs/").replace("runs/", f"{root}/")
+    command = command.replace("bert-base-uncased", str(tiny)).replace("data/demo", str(data))
+    python, called, *argv = command.split()
+    assert python == "python"
+    if called == "support/plots.py":
+        return called, argv, Path(argv[-1])
+
+    argv += ["--data_dir", str(data), "--epochs", "1"]
+    if called == "pretrain_mlm.py":
+        argv += ["--epoch_length", "2", "--batch_size", "4"]
+        return called, argv, Path(argv[argv.index("--out") + 1]) / "metrics.jsonl"
+    if "--model" not in argv and "--init_from" not in argv:
+        argv += ["--model", str(tiny)]
+    if "--name" not in argv:
+        argv += ["--name", f"{root}/{name}"]
+    if "shortest" not in argv:
+        argv += ["--epoch_length", "6"]
+    return called, argv, Path(argv[argv.index("--name") + 1]) / "metrics.jsonl"
+
+
+def test_the_readme_has_commands_for_every_system_of_the_reports():
+    systems = [f"{report}{letter}" for report, letters in enumerate(
+        ("abcdef", "abcdefg", "abcde", "abcdef", "abcdefg"), start=1) for letter in letters]
+    assert sorted(commands_of_the_reports()) == systems
+
+
+def test_every_command_of_the_readmes_table_runs():
+    # in the order of the table, since some start from the runs of others
+    for system, commands in commands_of_the_reports().items():
+        for i, command in enumerate(commands):
+            called, argv, leaves = shortened(command, f"{system}-{i}")
+            status, printed = quietly(SCRIPTS[called].main, *argv)
+            assert status == 0 and leaves.exists(), (system, command, printed)
+            if leaves.suffix == ".jsonl":
+                assert read_metrics(leaves.parent, "evaluation"), (system, command)
+
+
+def test_every_other_command_of_the_readme_is_understood():
+    """Those in its blocks of code and in its text, with DIR, RATE and the like filled in."""
+    values = {"DIR": str(DEMO), "RATE": "1e-4", "SENTENCE ...": "sentence", "FILE": "file",
+              "runs/NAME": str(workspace())}
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```$", readme(), re.MULTILINE | re.DOTALL))
+    # an explanation may follow behind some spaces
+    commands = [line.split("   ")[0] for line in re.findall("^python .*", blocks, re.MULTILINE)]
+    commands += re.findall("`(python [^`]*)`", readme())
+    understood = 0
+    for command in commands:
+        for word, value in values.items():
+            command = re.sub(rf"\b{re.escape(word)}(?!\w)", value, command)
+        _, called, *argv = shlex.split(command, comments=True)
+        if called in ("multitask_classifier.py", "pretrain_mlm.py") and "--help" not in argv:
+            SCRIPTS[called].get_parser().parse_args(argv)
+            understood += 1
+        elif called != "-c":
+            assert (PROJECT / called).is_file(), command
+    assert understood > 10
+
+
+def test_the_first_command_of_the_readme_learns():
+    """With the default encoder, which is fetched once."""
+    needs_full()
+    folder = workspace() / "demo"
+    status, printed = quietly(multitask_classifier.main, "--option", "finetune", "--pcgrad",
+                              "--data_dir", DEMO, "--name", folder)
+    assert status == 0, printed
+    best = max(read_metrics(folder, "evaluation"), key=lambda line: line["overall_2023"])["dev"]
+    assert best["sst"] >= 0.40 and best["para"] >= 0.75 and best["sts"] >= 0.70, printed
+
+
+# ---------------------------------------------------------------- the recorded commands
+
+def test_each_recorded_command_gives_the_recorded_flags():
+    folders = [path.parent for path in sorted(RESULTS.glob("**/command.txt"))]
+    assert len(folders) > 60
+    for folder in folders:
+        args = vars(parsed((folder / "command.txt").read_text().replace("DATA", "data").split()))
+        args = json.loads(json.dumps(args, default=str))
+        recorded = json.loads((folder / "args.json").read_text().replace("DATA", "data"))
+        # the machine's, and how the command was typed
+        common = args.keys() & recorded.keys() - {"device", "argv", "folder", "model_is_folder"}
+        assert len(common) > 40, folder
+        for name in common:
+            assert args[name] == recorded[name], (folder, name, args[name], recorded[name])
+
+
+def test_the_commands_of_studies_are_understood():
+    """In commands.txt: a command, or the flags that a file adds to the first one."""
+    for path in sorted(RESULTS.glob("*/commands.txt")):
+        lines, first, understood = path.read_text().splitlines(), None, 0
+        for line in lines:
+            file, _, rest = line.partition("python ")
+            if rest:
+                _, called, *argv = f"python {rest.removesuffix(', and')}".split()
+            elif re.match(r"[\w-]+\.jsonl +--", line) and first:
+                called, argv = "multitask_classifier.py", [*first, *line.split()[1:]]
+            else:
+                continue
+            argv = ["1e-4" if word == "RATE" else word for word in argv]
+            SCRIPTS[called].get_parser().parse_args(argv)
+            first, understood = first or argv, understood + 1
+        assert understood > 0, path
+
+
+def examples_seen(args, sizes):
+    """How many examples a run trains on. sizes: {task: examples in its training set}."""
+    sizes = {task: round((args.limit or {}).get(task, 1) * sizes[task]) for task in args.trained}
+    schedule = Schedule(args.schedule, sizes, args.batch_size, args.epoch_length, args.seed,
+                        args.epochs, args.upsample)
+    return sum(len(indices) for epoch in range(args.epochs) for step in schedule.epoch(epoch)
+               for _, indices in step)
+
+
+def assert_budget(command_of, name, folder, sizes, budget):
+    """The command of a row or system is understood, and trains on that many examples, to 1 %."""
+    args = parsed(command_of(name, 3, machine="").replace("DATA", "data").split())
+    assert (args.seed, args.name) == (3, f"{folder}/{name}-3")
+    seen = examples_seen(args, sizes)
+    assert math.isclose(seen, budget, rel_tol=0.01), (name, seen)
+
+
+def test_each_row_of_the_results_trains_on_the_examples_of_its_budget():
+    rows = script("rows/rows")
+    sizes = {"sst": 8544, "para": 16169, "sts": 6040}
+    for name, row in rows.ALL.items():
+        if not row.same_as:
+            more = 120_000 if "longer" in name else 60_000
+            budget = 30_000 if name in rows.ROWS else more
+            assert_budget(rows.command_of, name, "rows", sizes, budget)
+        assert set(row.base) < set(rows.ROWS), name
+    for name in rows.PRETRAINING:
+        pretrain_mlm.get_parser().parse_args(rows.command_of(name, 3).split()[2:])
+
+
+def test_each_system_trains_on_the_examples_of_its_budget():
+    systems = script("systems/systems")
+    sizes = {"sst": 8544, "para": 141506, "sts": 6040, "cfimdb": 1707, "yelp": 10000}
+    for name, system in systems.SYSTEMS.items():
+        if not system.same_as:
+            # Yelp's 4 examples per update come on top of the 60
+            budget = 32_000 if "yelp" in system.flags else 30_000
+            assert_budget(systems.command_of, name, "systems", sizes, budget)
+        assert set(system.base) < set(systems.SYSTEMS), name
+        assert system.start in (None, *systems.SYSTEMS, *systems.PRETRAINING), name
+    for name in systems.PRETRAINING:
+        pretrain_mlm.get_parser().parse_args(systems.command_of(name, 3).split()[2:])
+
+
+def test_each_record_was_made_by_the_command_of_its_row():
+    for study in ("rows/rows", "systems/systems"):
+        module = script(study)
+        folders = [path.parent for path in module.HERE.glob("*/command.txt")]
+        assert folders or study == "systems/systems"
+        for folder in folders:
+            name, _, seed = folder.name.rpartition("-")
+            args = json.loads((folder / "args.json").read_text())
+            machine = " --use_gpu" * args["use_gpu"] + " --amp" * args["amp"]
+            command = (folder / "command.txt").read_text().strip()
+            assert command == module.command_of(name, seed, machine), folder
+
+
+# ---------------------------------------------------------------- tables
+
+def printed_tables():
+    """What `python results/rows/rows.py table` prints, line by line."""
+    script("rows/rows").records.cache_clear()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        script("rows/rows").main(["table"])
+    script("rows/rows").records.cache_clear()
+    return printed.getvalue().splitlines()
+
+
+def test_the_readme_has_the_tables_that_rows_py_prints():
+    missing = set(printed_tables()) - set(readme().splitlines())
+    assert not missing, missing
+
+
+def write_record(root, name, seed, mean):
+    """A row's record with two evaluations: the first has the best mean on dev, the second the best
+    sst there, and all the best scores on train."""
+    trained = ["sst"] if name == "1a" else ["sst", "para", "sts"]
+    evaluations = [
+        {"dev": {"sst": mean - .1, "para": mean, "sts": mean + .1}, "train": .8},
+        {"dev": {"sst": mean, "para": mean - .2, "sts": mean}, "train": .9}]
+    folder = root / f"{name}-{seed}"
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps({"trained": trained}))
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step, line in enumerate(evaluations, start=1):
+            line["train"] = dict.fromkeys(line["dev"], line["train"])
+            file.write(json.dumps({"kind": "evaluation", "step": step, **line}) + "\n")
+
+
+def test_the_tables_hold_what_the_records_hold():
+    root = Path(tempfile.mkdtemp(dir=workspace()))
+    for name, *means in (("1a", .41, .43), ("1b", .50, .52), ("1d", .60, .62), ("4b", .10, .30),
+                         ("default", .50, .52), ("default+pal", .53), ("default+rate", .60)):
+        for seed, mean in enumerate(means, start=1):
+            write_record(root, name, seed, mean)
+    with mock.patch.object(script("rows/rows"), "HERE", root):
+        printed = printed_tables()
+    for line in (
+            # a row trained on sentiment alone is selected by it, and the best epoch is its second
+            "| 1a | sentiment alone | 2 | 2 | 0.420 ± 0.014 | (0.220 ± 0.014) | (0.420 ± 0.014) |"
+            "  | 0.416 / 0.376 / 0.019 |",
+            "| 2a | sentiment alone | 2 | 2 | 0.420 ± 0.014 |  |  |  | 0.511 / - / - |",
+            "| 1d | 1b with PCGrad | 2 | 2 | 0.510 ± 0.014 | 0.610 ± 0.014 | 0.710 ± 0.014 | "
+            "0.610 ± 0.014 | 0.485 / 0.840 / 0.660 |",
+            # without the frozen 4b
+            "| standard deviation over seeds | 0.0141 | 0.0141 | 0.0141 | 0.0141 |",
+            # 1a, 2a and 2b are one run
+            "| degrees of freedom | 3 | 2 | 2 | 3 |",
+            "| 1b, 1d | PCGrad | +0.000, +0.100: significant | "
+            "-0.013, +0.100: significant, other sign | +0.025, +0.100: significant, same sign |",
+            "| 1a, 1b | the pair tasks | +0.069, -0.010: n.s. | not trained in both | "
+            "not trained in both |",
+            "| default+pal | PAL | 1 | 2 | 0.430 (0.800) | 0.530 (0.800) | 0.630 (0.800) | 0.530 | "
+            "+0.020: n.s. |",
+            "| default+rate | at a rate of 2e-4 | 1 | 2 | 0.500 (0.800) | 0.600 (0.800) | "
+            "0.700 (0.800) | 0.600 | +0.090: significant |"):
+        assert line in printed, line
+
+
+def test_with_two_rows_significance_is_that_of_students_test():
+    rows = script("rows/rows")
+    generator, found = np.random.default_rng(0), set()
+    for _ in range(200):
+        values = {"1b": generator.normal(0, 1, 3).tolist(),
+                  "1d": generator.normal(1.5, 1, 4).tolist()}
+        deviation, freedom = rows.spread({name: rows.ROWS[name] for name in values}, values.get)
+        _, significant = rows.difference(values["1d"], values["1b"], deviation, freedom)
+        assert significant == (ttest_ind(values["1b"], values["1d"]).pvalue < 0.05)
+        found.add(significant)
+    assert found == {True, False}
+
+
+# ---------------------------------------------------------------- averages, SMART's released code
+
+def averages_of(*folders):
+    """{what: its scores} that results/rows/average.py prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        script("rows/average").main([*map(str, folders), "--data_dir", str(workspace() / "data")])
+    lines = [line for line in printed.getvalue().splitlines() if "overall_2023" in line]
+    return dict(line.split(": ") for line in lines)
+
+
+@functools.cache
+def two_runs():
+    return [run("--pair_head", "para=cross,sts=cosine", "--seed", seed, steps=4)[2]
+            for seed in (1, 2)]
+
+
+def test_average_py_has_the_runs_scores_and_those_of_their_mean_outputs():
+    scores = averages_of(*two_runs())
+    for folder in two_runs():
+        best = max(read_metrics(folder, "evaluation"), key=lambda line: line["overall_2023"])
+        expected = f"sts {best['dev']['sts']:.3f}  overall_2023 {best['overall_2023']:.3f}"
+        assert expected in scores[str(folder)]
+
+    models = [MultitaskBERT.load(folder) for folder in two_runs()]
+    examples = read_examples(workspace() / "data" / "sts-dev.csv", TASKS["sts"])
+    examples = tokenize(examples, models[0].tokenizer, 64, cross=False)
+    similarity = sum(predict(model, "sts", examples)[:, 0] for model in models) / 2
+    r = np.corrcoef(similarity, examples.labels)[0, 1]
+    assert f"sts {r:.3f}" in scores["the mean of their outputs"]
+
+    raises(InputError, "in their seed alone", averages_of, two_runs()[0],
+           run("--pair_head", "uv_diff")[2])
+
+
+def test_the_mean_of_weights_is_a_model_with_the_mean_weights():
+    scores = averages_of(*two_runs())
+    models = [MultitaskBERT.load(folder) for folder in two_runs()]
+    states = [{name: tensor.clone() for name, tensor in model.state_dict().items()}
+              for model in models]
+    mean = script("rows/average").mean_of_weights(models)
+    for name, tensor in mean.state_dict().items():
+        torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2)
+
+    averaged = shutil.copytree(two_runs()[0], Path(tempfile.mkdtemp(dir=workspace())) / "averaged")
+    mean.save(averaged, two_runs()[0])
+    assert averages_of(averaged)[str(averaged)] == scores["the mean of their weights"]
+
+
+def test_a_constant_added_to_the_logits_of_classes_leaves_the_mean_output():
+    p = np.log([[.5, .25, .25]])
+    logits = [{"sst": p + shift, "para": np.array([[z]])} for shift, z in ((0, 1.), (7, 3.))]
+    means = script("rows/average").mean_of_outputs(logits)
+    np.testing.assert_allclose(means["sst"], p)
+    assert means["para"] == 2.0
+
+
+def test_the_released_codes_perturbation_is_the_written_out_one():
+    released = script("smart/authors").ReleasedCode({"sts": "regression"}, sigma=0.1)
+    model, examples = three_task_model()
+    model.heads["sts"].linear.weight.data.mul_(1000)  # for a gradient that is large enough to see
+    batch = collate(examples["sts"], np.arange(5))
+    mask = batch.attention_mask.unsqueeze(-1)  # (S, L, 1)
+    torch.manual_seed(3)
+    logits = model.logits("sts", batch)
+
+    torch.manual_seed(4)
+    perturbation = released.adversarial_perturbation(model, "sts", batch, logits, seed=3)
+    torch.manual_seed(4)
+    noise = (0.1 * torch.randn(*mask.shape[:2], 16) * mask).requires_grad_()
+    torch.manual_seed(3)
+    (model.logits("sts", batch, noise) - logits.detach()).square().sum().backward()
+    moved = noise.detach() + 1e-3 * noise.grad
+    assert (1e-3 * noise.grad).abs().max() > 1e-5, "else its sign has no effect"
+    expected = moved / (moved.abs().amax(dim=-1, keepdim=True) + 1e-6) * mask
+    assert (perturbation - expected).abs().max() < 1e-6
+    assert not perturbation[batch.attention_mask == 0].any()
+
+
+def test_the_released_codes_perturbation_is_used_in_training():
+    released, flags_of_smart = script("smart/authors").ReleasedCode, ("--smart", "--lr", 1e-3)
+    with mock.patch.object(multitask_classifier, "Smoothness", released):
+        theirs = trained(*flags_of_smart)
+    assert not same(theirs, trained(*flags_of_smart))
