@@ -44,7 +44,7 @@ SST_ALONE = "--tasks sst --score_also para,sts"
 IN_TURN = f"{FINETUNE} {ONE_TASK_STEPS} --schedule sequential"
 MTDNN = f"{FINETUNE} {ONE_TASK_STEPS} --schedule mtdnn --upsample --pair_head uv"
 REPORT_3 = "--pair_head para=uv,sts=cosine --hidden_dropout_prob 0.1"
-SMART = "--smart --proximal mu=0.8,beta=0.95"
+SMART = "--smart --proximal --proximal_mu 0.8 --proximal_beta 0.95"
 REPORT_4 = "--weight_decay 0.01 --hidden_dropout_prob 0.2"
 ANNEALED = f"{FINETUNE} {ANNEALED_STEPS} --schedule annealed --pair_head cross {REPORT_4}"
 MIXED = f"{FINETUNE} {MIXED_STEPS} --schedule mixed --pair_head cross"
@@ -123,9 +123,10 @@ SYSTEMS = {
     "4d": System("4c, annealed", ANNEALED, (.469, .805, .822), {"4c": "annealing"}),
     "4e": System("4d with the heads of 4b", ANNEALED, (.488, .805, .841),
                  {"4d": "the heads of 4b"}, "4b"),
-    "4e-pal": System("4e with low-rank layers per task", f"{ANNEALED} --pal g=identity",
+    "4e-pal": System("4e with low-rank layers per task", f"{ANNEALED} --pal --pal_g identity",
                      (.492, .810, .843), {"4e": "low-rank layers"}, "4b"),
-    "4f": System("4e-pal with SMART", f"{ANNEALED} --pal g=identity --smart eps=1e-6,sigma=3.2e-3",
+    "4f": System("4e-pal with SMART",
+                 f"{ANNEALED} --pal --pal_g identity --smart --smart_eps 1e-6 --smart_sigma 3.2e-3",
                  (.506, .818, .875), {"4e-pal": "SMART"}, "4b"),
     "5a": System("frozen, cross-encoded", f"{FROZEN} {STEPS} --pair_head cross",
                  (.390, .702, .457)),
