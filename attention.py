@@ -32,11 +32,12 @@ T_MULTIPLE = 32
 
 
 def attention(query, key, value, attention_mask=None):
-    """softmax(Q K^T / sqrt(D)) V, equation 1 of Vaswani et al. 2017. All (..., A, L, D).
+    """softmax(Q K^T / sqrt(D)) V, equation 1 of Vaswani et al. 2017. All (..., L, D).
 
-    attention_mask: (B, L), 1 for a real token and 0 for padding; None where nothing is padded.
+    attention_mask: (B, L), 1 for a real token and 0 for padding; the others are then (B, A, L, D).
+    None where nothing is padded.
     """
-    scores = query @ key.mT / math.sqrt(query.size(-1))  # (..., A, L, L)
+    scores = query @ key.mT / math.sqrt(query.size(-1))  # (..., L, L)
     if attention_mask is not None:
         padding = attention_mask[:, None, None, :] == 0  # (B, 1, 1, L), for every head and query
         scores = scores.masked_fill(padding, -math.inf)  # so the softmax gives padding weight 0
@@ -64,17 +65,17 @@ class Packing:
             raise ValueError(f"sequence {int(lengths.argmin())} of the batch has no real token")
 
         # order the sequences by length: in the picture above a, c, b. Their real tokens, sequence
-        # after sequence, are the packed tokens; each is known by its row and column in the batch
+        # after sequence, are the packed tokens; each stands in a column of a sequence
         order = lengths.argsort(stable=True)  # packed sequence -> row of the padded batch
-        row, column = mask[order].nonzero(as_tuple=True)  # (T - fill,) each
+        sequence, column = mask[order].nonzero(as_tuple=True)  # (T - fill,) each
 
-        # fill T up with sequences of one token
-        self.fill = -len(row) % T_MULTIPLE
+        # fill T up with sequences of one token, which attend to themselves and which nothing reads
+        self.fill = -len(sequence) % T_MULTIPLE
         lengths = torch.cat([lengths[order], lengths.new_ones(self.fill)])
         group_length, group_size = lengths.unique_consecutive(return_counts=True)
 
-        # for attention: the groups [(2, 3), (1, 5)], and the cumulative sequence lengths, here 0,
-        # 3, 6, 11
+        # for attention: (sequences, length) of each group, here [(2, 3), (1, 5)] and the fill
+        # (21, 1); and the cumulative sequence lengths 0, 3, 6, 11, 12, ..., 32, where each starts
         self.groups = list(zip(group_size.tolist(), group_length.tolist()))
         self.group_tokens = [n * length for n, length in self.groups]
         self.max_length = int(lengths.max())
@@ -83,7 +84,7 @@ class Packing:
         # for `pack` and `unpack`: where each packed token stands in the flattened batch, and where
         # each sequence of the batch went
         self.positions = to_device(F.pad(column, (0, self.fill)), device)  # (T,) in its sequence
-        self.indices = to_device(order[row] * L + column, device)  # (T - fill,)
+        self.indices = to_device(order[sequence] * L + column, device)  # (T - fill,)
         self.restore = to_device(order.argsort(), device)  # (B,) row -> packed sequence
 
     def pack(self, padded):

@@ -99,11 +99,12 @@ def get_parser():
         help="with --schedule mtdnn: repeat each set until it is as large as the largest")
     add("--epochs", type=number(int, 1), default=10, help="number of epochs")
     add("--epoch_length", default="longest", metavar="longest|shortest|STEPS",
-        help="steps per epoch: until the longest or the shortest set has been seen, or a number")
+        help="steps per epoch. longest: the batches of the set that has most (with one task per "
+             "step: of all sets); shortest: of the set that has fewest (times the number of tasks)")
     add("--batch_size", type=per_task(number(int, 1)),
         help="examples per step of each task: one number, or sst=2,para=24,sts=2 (default: "
              "sst=16,para=32,sts=12,cfimdb=8; with --schedule mixed 20, the mean over the tasks)")
-    add("--accumulate", type=number(int, 1), default=1,
+    add("--accumulate", type=number(int, 1), default=1, metavar="N",
         help="steps of the schedule per optimizer step. Their mean losses are summed: the "
              "gradient is N times that of one batch N times as large, so --clip takes effect N "
              "times earlier")
@@ -441,12 +442,13 @@ def train(args, model, data, schedule, run, encoder_folder):
                 # the sum of the tasks' gradients, PCGrad or Vaccine; then AdamW
                 if is_update:
                     gradients.combine(seed_of(args.seed, epoch, n, "order of the projections"))
-                    optimizers[task].step()  # the one of all tasks, or of this step's only task
+                    # one optimizer for all tasks; or one each, where a step has one task
+                    optimizers[task].step()
                     update_teacher(model, regularizers, optimizers)
                 log.end_step(gradients.diagnostics() if is_update else None)
 
-                # save where no gradient is pending; several processes, whose clocks differ, only
-                # where all of them write a line
+                # save where no gradient is pending. log.write sums over the processes, so that
+                # several of them, whose clocks differ, save only where all write anyway
                 global_step = epoch * schedule.steps_per_epoch + n
                 write = n % LOG_EVERY == 0 or at_end
                 due = run.due(args.save_every) and (write or world == 1)

@@ -142,15 +142,15 @@ def diagnostics(gram, names):
 # ---------------------------------------------------------------- the buffer
 
 class GradientBuffer:
-    """J, one row per task, and where autograd writes it.
+    """J, and where autograd writes it: one row per task under surgery, otherwise one for the sum.
 
     During task i's backward pass the .grad of every shared parameter is a view of row i, so that
     the gradients of a step are in J without a copy. `combine` leaves the update in row 0.
 
     J covers the parameters that every task reaches. Heads stay outside. The gradient of one task's
     loss for another task's head is zero, so inside the vector a head would change no product
-    g_i . g_j. It would only add to its own |g_j|^2, which weakens every projection onto g_j, and a
-    projection of g_i would move task j's head.
+    g_i . g_j. Head j would only enlarge |g_j|^2, so that less of a conflict would be removed, and a
+    projection of g_i would move head j.
 
     shared: the parameters that every task reaches. heads: {task: the parameters of its head and its
     projected attention layers}, whose gradients are as autograd gives them, or None in an update

@@ -171,12 +171,14 @@ class Schedule:
     step of K tasks, in proportion to the sets (more, where the smallest has too few for all steps).
     epochs: of the run. upsample: with "mtdnn", repeat each set until it is as large as the largest.
 
-    epoch_length   schedules with all tasks in a step   schedules with one task in a step
-    "longest"      steps = batches of the largest set   steps = batches of all sets together
-    "shortest"     steps = batches of the smallest set  each task has as many steps as the smallest
-                                                        set has batches
-    a number       steps = the number                   steps = the number (sequential: divided
-                                                        among the tasks in proportion)
+    steps of an epoch of K tasks, a pass over a set being so many batches:
+
+    epoch_length   all tasks in a step               one task in a step
+    "longest"      the most batches that a set has   the batches of all sets together
+    "shortest"     the fewest                        K times the fewest (annealed: drawn;
+                                                     otherwise the fewest of each task)
+    a number       the number                        the number (sequential: in proportion to the
+                                                     batches; mtdnn: cut from shuffled passes)
 
     Raises InputError where sequential leaves a task without a step.
     """

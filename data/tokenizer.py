@@ -37,13 +37,8 @@ def load_tokenizer(folder):
     """BERT's word pieces, of the vocabulary and the settings that stand in a folder. Raises
     InputError where they cannot be read, or ask for what BERT's word pieces are not.
 
-    Ids equal those of transformers.BertTokenizer (version 5), which uses the same library. Where
-    they differ from BERT's first tokenizer:
-
-        accents are kept                  letters and combining accents are not composed (NFC)
-        a capital sigma ends a word       it becomes the sigma of the middle of a word
-
-    Where this function differs from transformers:
+    Ids equal those of transformers.BertTokenizer (version 5), which uses the same library, where
+    both read the same settings. What they read differs:
 
         the normalizer of tokenizer.json  followed here, ignored there
         do_basic_tokenize, never_split    rejected here, ignored there

@@ -148,7 +148,7 @@ class Interruption:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nending this step, and saving; Ctrl-C again to stop at once",
+        print("\nstopping after this update, and saving; Ctrl-C again to stop at once",
               file=sys.stderr, flush=True)
 
     def check(self, run):
