@@ -17,21 +17,24 @@ import multitask_classifier
 from data.batches import collate_shard
 from multitask_classifier import MultitaskBERT
 from support.run import read_metrics
-from tests.helpers import KINDS, killed_after, run, three_task_model, workspace
+from tests.helpers import PROJECT, KINDS, killed_after, run, three_task_model, workspace
 
 
 # ---------------------------------------------------------------- processes
 
-def start_processes(*flags):
-    """The training script as two processes, started as torchrun starts them."""
+def start_processes(*flags, patch=""):
+    """The training script as two processes, started as torchrun starts them. patch: code that runs
+    before it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     setting = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, multitask_classifier.__file__, *map(str, flags)]
+    code = f"import sys\n{patch}\nimport multitask_classifier as m\nsys.exit(m.exit_status(m.main))"
+    command = [sys.executable, "-c", code, *map(str, flags)]
     return [subprocess.Popen(command, env={**setting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                             cwd=PROJECT, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT)
             for rank in range(2)]
 
 
@@ -206,3 +209,17 @@ def test_a_killed_process_ends_the_run():
         last = printed.splitlines()[-1]
         assert "lost the connection to another process of this run" in last, printed
         assert "Traceback" not in printed, printed
+
+
+def test_processes_whose_clocks_differ_save_without_a_deadlock():
+    """A save writes the pending line of metrics, which is a sum over the processes: one that finds
+    it due alone would wait for the others forever."""
+    root = workspace()
+    folder = root / "runs" / "clocks"
+    patch = ("import os, support.run\n"
+             "support.run.Run.due = lambda run, minutes: os.environ['RANK'] == '0'")
+    flags = ["--option", "finetune", "--model", root / "tiny", "--data_dir", root / "data",
+             "--epochs", 1, "--epoch_length", 23, "--name", folder]
+    finished = finish(start_processes(*flags, patch=patch))
+    assert [status for status, _ in finished] == [0, 0], finished
+    assert [line["step"] for line in read_metrics(folder, "step")] == [10, 20, 23]
