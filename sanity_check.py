@@ -12,9 +12,12 @@ import contextlib
 import importlib
 import io
 import math
+import multiprocessing
+import os
 import sys
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import SkipTest
 
@@ -33,6 +36,8 @@ from pretrain_mlm import Vocabulary, mask_tokens
 from smart import Smoothness
 from tests.helpers import (FULL, KINDS, TINY, heads_of, random_batch, seed_check, three_task_model,
                            workspace)
+
+SLOW = ("test_distributed", "test_results", "test_training", "test_smart", "test_resume")
 
 
 # A wrong transpose, a wrong LayerNorm eps or swapped segments would still train, only worse.
@@ -194,14 +199,10 @@ def test_a_tiny_model_overfits_one_batch():
 
 # ---------------------------------------------------------------- the runner
 
-def checks_of(module):
-    return {name: check for name, check in vars(module).items()
-            if name.startswith("test_") and getattr(check, "__module__", "") == module.__name__}
-
-
-def run_check(name, check):
+def run_check(title, name, check):
     """Run one check and print a line. Returns "passed", "failed" or "skipped"."""
-    start, printed, shown = time.perf_counter(), io.StringIO(), name[5:].replace("_", " ")
+    start, printed = time.perf_counter(), io.StringIO()
+    shown = f"{title}: {name[5:].replace('_', ' ')}"
     seed_check(name)
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -216,19 +217,28 @@ def run_check(name, check):
     return "passed"
 
 
-def main(words):
-    files = sorted((Path(__file__).parent / "tests").glob("test_*.py"))
-    modules = {"the lesson": sys.modules[__name__]}
-    modules |= {f"tests/{path.name}": importlib.import_module(f"tests.{path.stem}")
-                for path in files}
+def run_file(title, module, words):
+    """Run the checks of one file whose name, or whose file's name, contains all words."""
     outcomes = []
-    for title, module in modules.items():
-        chosen = {name: check for name, check in checks_of(module).items()
-                  if all(word in name or word in title for word in words)}
-        if chosen:
-            print(f"\n{title}")
-        outcomes += [run_check(name, check) for name, check in chosen.items()]
-    print(f"\n{outcomes.count('skipped')} skipped\n{outcomes.count('passed')} passed, "
+    for name, check in vars(importlib.import_module(module)).items():
+        own = name.startswith("test_") and getattr(check, "__module__", "") == module
+        if own and all(word in name or word in title for word in words):
+            outcomes.append(run_check(title, name, check))
+    return outcomes
+
+
+def main(words):
+    outcomes = run_file("lesson", "__main__", words)
+
+    # the files of tests/ on two processes, those first that take longest
+    files = sorted((Path(__file__).parent / "tests").glob("test_*.py"),
+                   key=lambda path: (path.stem not in SLOW, path.stem))
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each process
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(run_file, path.stem, f"tests.{path.stem}", words) for path in files]
+        for done in running:
+            outcomes += done.result()
+    print(f"{outcomes.count('skipped')} skipped\n{outcomes.count('passed')} passed, "
           f"{outcomes.count('failed')} failed")
     return 1 if "failed" in outcomes or "passed" not in outcomes else 0
 
