@@ -220,7 +220,7 @@ def run_check(title, name, check):
 def run_file(title, module, words):
     """Run the checks of one file whose name, or whose file's name, contains all words."""
     outcomes = []
-    for name, check in vars(importlib.import_module(module)).items():
+    for name, check in list(vars(importlib.import_module(module)).items()):
         own = name.startswith("test_") and getattr(check, "__module__", "") == module
         if own and all(word in name or word in title for word in words):
             outcomes.append(run_check(title, name, check))
