@@ -15,17 +15,13 @@ run in runs/rows/.
 """
 import argparse
 import functools
-import hashlib
 import json
-import platform
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-import torch
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from scipy.stats import t
@@ -34,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[1]
 sys.path.insert(0, str(PROJECT))
 from data.tasks import TASKS as TABLE  # noqa: E402
+from results import records as recording  # noqa: E402
 from support.evaluation import selection_score  # noqa: E402
 from support.plots import plot_study  # noqa: E402
 from support.run import read_metrics  # noqa: E402
@@ -190,22 +187,6 @@ def data_files(folder):
     return [folder / TABLE[task].filename(split) for task in TASKS for split in ("train", "dev")]
 
 
-def environment(data_dir):
-    """What a score depends on beside its command: commit, libraries, processor, threads, data."""
-    describe = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        cpu = models[0] if models else ""
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-               for path in data_files(data_dir)}
-    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "cpu": cpu, "threads": torch.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(), "sha256": digests}
-
-
 def run(name, seed, data_dir, machine):
     """Train a row, after what it starts from, and keep its record, unless the record exists. An
     interrupted run is resumed."""
@@ -214,36 +195,17 @@ def run(name, seed, data_dir, machine):
         print(f"{name}, seed {seed}: the record exists: {kept}")
         return
     folder = train(name, seed, data_dir, machine)
-
-    # what belongs to this machine stays out of the record
-    flags = json.loads((folder / "args.json").read_text())
-    *typed, _, _ = flags["argv"]  # without --data_dir
-    for flag in ("data_dir", "folder", "argv"):
-        flags.pop(flag)
-    new = HERE / f".{kept.name}"
-    new.mkdir(exist_ok=True)
-    (new / "args.json").write_text(json.dumps(flags, indent=2) + "\n")
-    (new / "command.txt").write_text(" ".join(["python multitask_classifier.py", *typed]) + "\n")
-    for file in ("metrics.jsonl", "environment.json"):
-        (new / file).write_text((folder / file).read_text())
-    new.rename(kept)
+    recording.keep(folder, kept, command_of(name, seed, machine), data_dir)
 
 
 def train(name, seed, data_dir, machine):
-    """Train a row or a pretraining. Returns the folder of the run; environment.json in it, written
-    last, says that it has ended."""
+    """Train a row or a pretraining. Returns the folder of the run."""
     folder = PROJECT / f"runs/rows/{name}-{seed}"
-    if (folder / "environment.json").exists():
-        return folder
-    if name in ALL and ALL[name].start:
-        train(ALL[name].start, seed, data_dir, machine)
-
-    command, surroundings = command_of(name, seed, machine), environment(data_dir)
-    print(command, flush=True)
-    flags = ["--resume", str(folder)] if folder.exists() else command.split()[2:]
-    subprocess.run([sys.executable, command.split()[1], *flags, "--data_dir", data_dir],
-                   cwd=PROJECT, check=True)
-    (folder / "environment.json").write_text(json.dumps(surroundings, indent=2) + "\n")
+    if not recording.has_ended(folder):
+        if name in ALL and ALL[name].start:
+            train(ALL[name].start, seed, data_dir, machine)
+        command = f"{command_of(name, seed, machine)} --data_dir DATA"
+        recording.train(folder, command, data_dir, data_files(data_dir))
     return folder
 
 

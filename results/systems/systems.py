@@ -15,19 +15,14 @@ frozen ones have the reports' 1e-3. Two evaluations each, half way and at the en
 have four.
 """
 import argparse
-import hashlib
-import json
-import platform
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[1]
+sys.path.insert(0, str(PROJECT))
+from results import records  # noqa: E402
 
 # 500 updates with 20 examples of each of the three tasks, or 1,500 with 20 examples of one task
 STEPS = "--epochs 2 --epoch_length 250 --batch_size 20"
@@ -184,38 +179,19 @@ def show(name, seed):
 
 # ---------------------------------------------------------------- training
 
-def environment(data_dir):
-    """What a figure depends on beside its command: commit, libraries, processor, threads, data."""
-    describe = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    files = [path for split in ("train", "dev") for path in sorted(data_dir.glob(f"*-{split}.csv"))]
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "cpu": cpu, "threads": torch.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(), "sha256": digests}
+def data_files(folder):
+    """The files that a score may depend on."""
+    return [path for split in ("train", "dev") for path in sorted(folder.glob(f"*-{split}.csv"))]
 
 
 def train(name, seed, data_dir, machine):
-    """Train a system or a pretraining, after what it starts from. Returns the folder of the run;
-    environment.json in it, written last, says that it has ended."""
+    """Train a system or a pretraining, after what it starts from. Returns the folder of the run."""
     folder = PROJECT / f"runs/systems/{name}-{seed}"
-    if (folder / "environment.json").exists():
-        return folder
-    if name in SYSTEMS and SYSTEMS[name].start:
-        train(SYSTEMS[name].start, seed, data_dir, machine)
-
-    command, surroundings = command_of(name, seed, machine), environment(data_dir)
-    print(command, flush=True)
-    flags = command.replace("DATA", str(data_dir)).split()[2:]
-    if folder.exists():
-        flags = ["--resume", str(folder)]
-    subprocess.run([sys.executable, command.split()[1], *flags], cwd=PROJECT, check=True)
-    (folder / "environment.json").write_text(json.dumps(surroundings, indent=2) + "\n")
+    if not records.has_ended(folder):
+        if name in SYSTEMS and SYSTEMS[name].start:
+            train(SYSTEMS[name].start, seed, data_dir, machine)
+        command = command_of(name, seed, machine)
+        records.train(folder, command, data_dir, data_files(data_dir))
     return folder
 
 
@@ -227,17 +203,7 @@ def run(name, seed, data_dir, machine):
         print(f"{name}, seed {seed}: the record exists")
         return
     folder = train(name, seed, data_dir, machine)
-
-    # what belongs to this machine stays out of the record
-    args = json.loads((folder / "args.json").read_text().replace(str(data_dir), "DATA"))
-    args.pop("folder")
-    new = HERE / f".{kept.name}"
-    new.mkdir(exist_ok=True)
-    (new / "command.txt").write_text(command_of(name, seed, machine) + "\n")
-    (new / "args.json").write_text(json.dumps(args, indent=2) + "\n")
-    for file in ("metrics.jsonl", "environment.json"):
-        (new / file).write_text((folder / file).read_text())
-    new.rename(kept)
+    records.keep(folder, kept, command_of(name, seed, machine), data_dir)
 
 
 def main():
