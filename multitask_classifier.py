@@ -48,7 +48,7 @@ from support.files import InputError
 from support.flags import SST_LOSSES, number, per_task
 from support.plots import plot_curves
 from support.run import (Interruption, Run, StepLog, check_weights, exit_status, mean_of,
-                         null_stream, read_metrics)
+                         null_stream, read_metrics, restoring)
 from support.weights import read_checkpoint, to_float
 
 HERE = Path(__file__).resolve().parent
@@ -577,7 +577,7 @@ def load_state(last, state, model, gradients, optimizers, regularizers):
     if last.get("data") != state["data"]:
         raise InputError("--resume: the data files or the vocabulary are not those that the run "
                          "was started with")
-    try:
+    with restoring():
         state.update({name: last[name] for name in state})
         model.load_state_dict(last["model"])
         gradients.targets = last["gradvac_targets"]
@@ -585,9 +585,6 @@ def load_state(last, state, model, gradients, optimizers, regularizers):
             optimizer.load_state_dict(last["optimizers"][task])
         if "proximal" in regularizers:
             regularizers["proximal"].teacher.load_state_dict(last["teacher"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError("--resume: last.pt is not what this script saves "
-                         f"({' '.join(str(error).split())[:120]})") from error
 
 
 # ---------------------------------------------------------------- main

@@ -38,7 +38,8 @@ from support.fast_cpu import accelerate
 from support.files import InputError
 from support.flags import Parser, number, parse_flags
 from support.plots import plot_losses
-from support.run import Interruption, Run, RunFailed, StepLog, check_weights, exit_status
+from support.run import (Interruption, Run, RunFailed, StepLog, check_weights, exit_status,
+                         restoring)
 from support.weights import read_checkpoint, to_float
 
 CHOSEN = 0.15  # of a sequence's tokens are predicted
@@ -368,13 +369,15 @@ def save_state(run, state, model, optimizer, epoch):
 
 
 def load_state(last, state, model, optimizer):
-    """Restore what save_state wrote. Raises InputError where the text has changed."""
+    """Restore what save_state wrote. Raises InputError where the text has changed, or for the state
+    of another script."""
     if last.get("data") != state["data"]:
         raise InputError("--resume: the text or the vocabulary is not that which the run was "
                          "started with")
-    state.update({name: last[name] for name in state})
-    model.load_state_dict(last["model"])
-    optimizer.load_state_dict(last["optimizer"])
+    with restoring():
+        state.update({name: last[name] for name in state})
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
 
 
 @torch.no_grad()

@@ -121,6 +121,16 @@ def read_last(path):
                          ) from None
 
 
+@contextlib.contextmanager
+def restoring():
+    """While what a last.pt holds is put back: an error there means that it is another script's."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError("--resume: last.pt is not what this script saves "
+                         f"({' '.join(str(error).split())[:120]})") from error
+
+
 def read_metrics(folder, kind):
     """The lines of a kind, "step" or "evaluation". The last line may be incomplete, where a run was
     killed."""

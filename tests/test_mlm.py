@@ -529,6 +529,17 @@ def mlm_into(folder):
     return functools.partial(mlm, out=folder)
 
 
+def test_a_last_pt_of_something_else_is_rejected():
+    status, printed, folder = mlm("--epochs", 1, "--epoch_length", 2)
+    assert status == 0, printed
+    state = torch.load(folder / "last.pt", weights_only=True)
+    for missing in ("done", "best", "model", "optimizer"):
+        torch.save({name: x for name, x in state.items() if name != missing}, folder / "last.pt")
+        status, printed = quietly(pretrain_mlm.main, "--resume", folder)
+        assert status == 2 and "Traceback" not in printed, printed
+        assert "last.pt is not what this script saves" in printed.splitlines()[-1], printed
+
+
 def test_a_resumed_pretraining_keeps_the_best_epoch():
     folder = workspace() / "runs" / "mlm-best"
     with evaluations_are(5.0, 3.0, 4.0):
