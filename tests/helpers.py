@@ -203,6 +203,18 @@ def quietly(main, *flags):
     return status, printed.getvalue()
 
 
+def captured(function, *args, **kwargs):
+    """(what a function returns, what it prints)."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = function(*args, **kwargs)
+    return result, printed.getvalue()
+
+
+def without_curves(check):
+    """Leave out the plots of a check's runs, which would take half of its time."""
+    return mock.patch.object(multitask_classifier, "plot_curves", lambda folder: None)(check)
+
+
 def run(*flags, steps=2, option="finetune", name=None):
     """multitask_classifier.py on the tiny encoder and the cut demo sets. Returns (exit status, what
     was printed, the run's folder)."""

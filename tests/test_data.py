@@ -25,17 +25,11 @@ from data.tasks import TASKS, find_data_files, has_labels, read_examples
 from data.tokenizer import load_tokenizer, tokenize
 from support.files import InputError
 from support.flags import check_training_flags, parse_flags
-from tests.helpers import DEMO, raises, run, three_task_model, workspace, write_file
+from tests.helpers import (DEMO, captured, raises, run, three_task_model, workspace,
+                           write_file)
 
 SIZES = {"sst": 50, "para": 203, "sts": 31}  # 7, 26 and 4 batches of 8
 SST_HEADER = "\tid\tsentence\tsentiment\n"
-
-
-def captured(function, *args, **kwargs):
-    """(what a function returns, what it prints)."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        result = function(*args, **kwargs)
-    return result, printed.getvalue()
 
 
 def sst_rows(count):

@@ -13,19 +13,13 @@ from unittest import mock
 import numpy as np
 import torch
 
-import multitask_classifier
 from data.tasks import TASKS, read_examples
 from data.tokenizer import load_tokenizer, tokenize
 from multitask_classifier import MultitaskBERT
 from support import evaluation, plots
 from support.files import InputError
 from support.run import read_metrics
-from tests.helpers import KINDS, raises, run, three_task_model, workspace
-
-
-def without_curves(check):
-    """Leave out the plots of a check's runs, which would take half of its time."""
-    return mock.patch.object(multitask_classifier, "plot_curves", lambda folder: None)(check)
+from tests.helpers import KINDS, raises, run, three_task_model, without_curves, workspace
 
 
 def dev_examples(task):

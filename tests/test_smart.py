@@ -16,18 +16,14 @@ from data.tasks import find_data_files
 from optimizer import AdamW
 from support import flags
 from support.run import read_metrics
-from tests.helpers import KINDS, PROJECT, raises, run, same, three_task_model, trained, workspace
+from tests.helpers import (KINDS, PROJECT, raises, run, same, three_task_model, trained,
+                           without_curves, workspace)
 
 ENCODINGS = ({"para": "cross", "sts": "cross"}, {"para": "uv_diff", "sts": "cosine"})
 STRONG = ("--smart", "--smart_weight", 50, "--smart_eps", 1, "--smart_step_size", 1)
 
 
 # ---------------------------------------------------------------- helpers
-
-def without_curves(check):
-    """Leave out the plots of a check's runs, which would take half of its time."""
-    return mock.patch.object(multitask_classifier, "plot_curves", lambda folder: None)(check)
-
 
 def logits_of(model, task, batch, perturbation=None):
     """With the dropout masks of seed 5. (B, C)"""

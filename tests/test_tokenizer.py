@@ -1,8 +1,6 @@
 """Checks of data/tokenizer.py: vocabularies, settings, token ids, sequences, and encoders that are
 too small for them."""
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import shutil
@@ -19,15 +17,8 @@ from data.tokenizer import (SPECIAL, build_sequence, copy_vocabulary, load_token
                             read_vocabulary, tokenize)
 from multitask_classifier import MultitaskBERT
 from support.files import InputError
-from tests.helpers import (PROJECT, TINY, as_tokenizer_json, copy_of_tiny, quietly, raises, run,
-                           workspace, write_file)
-
-
-def captured(function, *args, **kwargs):
-    """(what a function returns, what it prints)."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        result = function(*args, **kwargs)
-    return result, printed.getvalue()
+from tests.helpers import (PROJECT, TINY, as_tokenizer_json, captured, copy_of_tiny, quietly,
+                           raises, run, workspace, write_file)
 
 
 def vocabulary_folder(words, config=None, normalizer=None):

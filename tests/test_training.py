@@ -32,12 +32,7 @@ from support import flags
 from support.evaluation import encode_once, predict, score, to_predictions
 from support.run import read_metrics
 from tests.helpers import (KINDS, TINY, copy_of_tiny, heads_of, quietly, remains, run, same,
-                           three_task_model, trained, workspace)
-
-
-def without_curves(check):
-    """Leave out the plots of a check's runs, which would take half of its time."""
-    return mock.patch.object(multitask_classifier, "plot_curves", lambda folder: None)(check)
+                           three_task_model, trained, without_curves, workspace)
 
 
 def defaults(*argv):
