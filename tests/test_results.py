@@ -23,6 +23,8 @@ from data.batches import Schedule, collate
 from data.tasks import TASKS, read_examples
 from data.tokenizer import tokenize
 from multitask_classifier import MultitaskBERT
+from results.scores import difference, spread, write_tables
+from results.study import command_of
 from support import flags, plots
 from support.evaluation import predict
 from support.files import InputError
@@ -37,7 +39,7 @@ SCRIPTS = {"multitask_classifier.py": multitask_classifier, "pretrain_mlm.py": p
 
 @functools.cache
 def script(name):
-    """A script of results/, as a module. name: rows/rows"""
+    """A script of results/, as a module. name: systems/systems"""
     specification = importlib.util.spec_from_file_location(Path(name).name,
                                                            RESULTS / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
@@ -160,7 +162,7 @@ def test_the_first_command_of_the_readme_learns():
 
 def test_each_recorded_command_gives_the_recorded_flags():
     folders = [path.parent for path in sorted(RESULTS.glob("**/command.txt"))]
-    assert len(folders) > 60
+    assert len(folders) > 30
     for folder in folders:
         args = vars(parsed((folder / "command.txt").read_text().replace("DATA", "data").split()))
         args = json.loads(json.dumps(args, default=str))
@@ -199,73 +201,60 @@ def examples_seen(args, sizes):
                for _, indices in step)
 
 
-def assert_budget(command_of, name, folder, sizes, budget):
-    """The command of a row or system is understood, and trains on that many examples, to 1 %."""
-    args = parsed(command_of(name, 3, machine="").replace("DATA", "data").split())
-    assert (args.seed, args.name) == (3, f"{folder}/{name}-3")
-    seen = examples_seen(args, sizes)
-    assert math.isclose(seen, budget, rel_tol=0.01), (name, seen)
-
-
-def test_each_row_of_the_results_trains_on_the_examples_of_its_budget():
-    rows = script("rows/rows")
-    sizes = {"sst": 8544, "para": 16169, "sts": 6040}
-    for name, row in rows.ALL.items():
-        if not row.same_as:
-            more = 120_000 if "longer" in name else 60_000
-            budget = 30_000 if name in rows.ROWS else more
-            assert_budget(rows.command_of, name, "rows", sizes, budget)
-        assert set(row.base) < set(rows.ROWS), name
-    for name in rows.PRETRAINING:
-        pretrain_mlm.get_parser().parse_args(rows.command_of(name, 3).split()[2:])
+def assert_budgets(study, sizes, budget_of):
+    """Each command of a study is understood, and trains on that many examples, to 1 %."""
+    for name, system in study.systems.items():
+        if not system.same_as:
+            command = command_of(study, name, 3, machine="").replace("DATA", "data")
+            args = parsed(command.split())
+            assert (args.seed, args.name) == (3, f"{study.folder.name}/{name}-3")
+            seen = examples_seen(args, sizes)
+            assert math.isclose(seen, budget_of(name, system), rel_tol=0.01), (name, seen)
+        assert set(system.base) < set(study.systems), name
+        assert system.start in (None, *study.systems, *study.pretraining), name
+    for name in study.pretraining:
+        pretrain_mlm.get_parser().parse_args(command_of(study, name, 3).split()[2:])
 
 
 def test_each_system_trains_on_the_examples_of_its_budget():
-    systems = script("systems/systems")
-    sizes = {"sst": 8544, "para": 141506, "sts": 6040, "cfimdb": 1707, "yelp": 10000}
-    for name, system in systems.SYSTEMS.items():
-        if not system.same_as:
-            # Yelp's 4 examples per update come on top of the 60
-            budget = 32_000 if "yelp" in system.flags else 30_000
-            assert_budget(systems.command_of, name, "systems", sizes, budget)
-        assert set(system.base) < set(systems.SYSTEMS), name
-        assert system.start in (None, *systems.SYSTEMS, *systems.PRETRAINING), name
-    for name in systems.PRETRAINING:
-        pretrain_mlm.get_parser().parse_args(systems.command_of(name, 3).split()[2:])
+    sizes = {"sst": 8544, "para": 144903, "sts": 6040, "cfimdb": 1707, "yelp": 9998}
+    # Yelp's 4 examples per update come on top of the 60
+    assert_budgets(script("systems/systems").STUDY, sizes,
+                   lambda name, system: 32_000 if "yelp" in system.flags else 30_000)
 
 
-def test_each_record_was_made_by_the_command_of_its_row():
-    for study in ("rows/rows", "systems/systems"):
-        module = script(study)
-        folders = [path.parent for path in module.HERE.glob("*/command.txt")]
-        assert folders or study == "systems/systems"
+def test_each_system_of_the_search_trains_on_the_examples_of_its_budget():
+    sizes = {"sst": 8544, "para": 16169, "sts": 6040}
+    budgets = {"default+longer": 120_000, "longer+pal": 120_000}
+    assert_budgets(script("search/search").STUDY, sizes, lambda name, system: 30_000
+                   if name.startswith("5c") else budgets.get(name, 60_000))
+
+
+def test_each_record_was_made_by_the_command_of_its_system():
+    for study in (script("systems/systems").STUDY, script("search/search").STUDY):
+        folders = [path.parent for path in study.folder.glob("*/command.txt")]
+        assert folders
         for folder in folders:
             name, _, seed = folder.name.rpartition("-")
             args = json.loads((folder / "args.json").read_text())
             machine = " --use_gpu" * args["use_gpu"] + " --amp" * args["amp"]
             command = (folder / "command.txt").read_text().strip()
-            assert command == module.command_of(name, seed, machine), folder
+            assert command == command_of(study, name, seed, machine), folder
 
 
 # ---------------------------------------------------------------- tables
 
-def printed_tables():
-    """What `python results/rows/rows.py table` prints, line by line."""
-    script("rows/rows").records.cache_clear()
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        script("rows/rows").main(["table"])
-    script("rows/rows").records.cache_clear()
-    return printed.getvalue().splitlines()
-
-
-def test_the_readme_has_the_tables_that_rows_py_prints():
-    missing = set(printed_tables()) - set(readme().splitlines())
-    assert not missing, missing
+def test_the_pages_have_the_tables_that_the_records_give():
+    for name, tables in (("systems", script("systems/tables").all_tables()),
+                         ("search", script("search/search").tables())):
+        page = (RESULTS / name / "README.md").read_text(encoding="utf-8")
+        for marker, lines in tables.items():
+            assert "\n".join([f"<!-- {marker} -->", *lines, ""]) in page, (name, marker)
 
 
 def write_record(root, name, seed, mean):
-    """A row's record with two evaluations: the first has the best mean on dev, the second the best
-    sst there, and all the best scores on train."""
+    """A record with two evaluations: the first has the best mean on dev, the second the best sst
+    there, and all the best scores on train."""
     trained = ["sst"] if name == "1a" else ["sst", "para", "sts"]
     evaluations = [
         {"dev": {"sst": mean - .1, "para": mean, "sts": mean + .1}, "train": .8},
@@ -276,6 +265,7 @@ def write_record(root, name, seed, mean):
     with open(folder / "metrics.jsonl", "w") as file:
         for step, line in enumerate(evaluations, start=1):
             line["train"] = dict.fromkeys(line["dev"], line["train"])
+            line["overall_2023"] = sum(line["dev"].values()) / 3
             file.write(json.dumps({"kind": "evaluation", "step": step, **line}) + "\n")
 
 
@@ -285,49 +275,53 @@ def test_the_tables_hold_what_the_records_hold():
                          ("default", .50, .52), ("default+pal", .53), ("default+rate", .60)):
         for seed, mean in enumerate(means, start=1):
             write_record(root, name, seed, mean)
-    with mock.patch.object(script("rows/rows"), "HERE", root):
-        printed = printed_tables()
+    tables = {**script("systems/tables").all_tables(root), **script("search/search").tables(root)}
+    lines = {line for table in tables.values() for line in table}
     for line in (
-            # a row trained on sentiment alone is selected by it, and the best epoch is its second
-            "| 1a | sentiment alone | 2 | 2 | 0.420 ± 0.014 | (0.220 ± 0.014) | (0.420 ± 0.014) |"
+            # a system on sentiment alone is selected by it, and the best epoch is its second
+            "| 1a | sentiment alone | 2 | 0.420 ± 0.014 | (0.220 ± 0.014) | (0.420 ± 0.014) |"
             "  | 0.416 / 0.376 / 0.019 |",
-            "| 2a | sentiment alone | 2 | 2 | 0.420 ± 0.014 |  |  |  | 0.511 / - / - |",
-            "| 1d | 1b with PCGrad | 2 | 2 | 0.510 ± 0.014 | 0.610 ± 0.014 | 0.710 ± 0.014 | "
+            "| 2a | sentiment alone | 2 | 0.420 ± 0.014 |  |  |  | 0.511 / - / - |",
+            "| 1d | 1b with PCGrad | 2 | 0.510 ± 0.014 | 0.610 ± 0.014 | 0.710 ± 0.014 | "
             "0.610 ± 0.014 | 0.485 / 0.840 / 0.660 |",
             # without the frozen 4b
             "| standard deviation over seeds | 0.0141 | 0.0141 | 0.0141 | 0.0141 |",
             # 1a, 2a and 2b are one run
-            "| degrees of freedom | 3 | 2 | 2 | 3 |",
-            "| 1b, 1d | PCGrad | +0.000, +0.100: significant | "
-            "-0.013, +0.100: significant, other sign | +0.025, +0.100: significant, same sign |",
-            "| 1a, 1b | the pair tasks | +0.069, -0.010: n.s. | not trained in both | "
+            "| degrees of freedom | 3 | 2 | 2 | 2 |",
+            "| 1b, 1d | PCGrad | +0.000, +0.100 **significant** | "
+            "-0.013, +0.100 **significant** | +0.025, +0.100 **significant** |",
+            "| 1a, 1b | the pair tasks | +0.069, -0.010 n.s. | not trained in both | "
             "not trained in both |",
-            "| default+pal | PAL | 1 | 2 | 0.430 (0.800) | 0.530 (0.800) | 0.630 (0.800) | 0.530 | "
-            "+0.020: n.s. |",
-            "| default+rate | at a rate of 2e-4 | 1 | 2 | 0.500 (0.800) | 0.600 (0.800) | "
-            "0.700 (0.800) | 0.600 | +0.090: significant |"):
-        assert line in printed, line
+            "| default+pal | PAL | 1 | 0.430 (0.800) | 0.530 (0.800) | 0.630 (0.800) | 0.530 | "
+            "+0.020 n.s. |"):
+        assert line in lines, line
 
 
-def test_with_two_rows_significance_is_that_of_students_test():
-    rows = script("rows/rows")
+def test_with_two_systems_significance_is_that_of_students_test():
     generator, found = np.random.default_rng(0), set()
     for _ in range(200):
-        values = {"1b": generator.normal(0, 1, 3).tolist(),
-                  "1d": generator.normal(1.5, 1, 4).tolist()}
-        deviation, freedom = rows.spread({name: rows.ROWS[name] for name in values}, values.get)
-        _, significant = rows.difference(values["1d"], values["1b"], deviation, freedom)
-        assert significant == (ttest_ind(values["1b"], values["1d"]).pvalue < 0.05)
+        one, other = generator.normal(0, 1, 3).tolist(), generator.normal(1.5, 1, 4).tolist()
+        _, significant = difference(other, one, *spread([one, other]))
+        assert significant == (ttest_ind(one, other).pvalue < 0.05)
         found.add(significant)
     assert found == {True, False}
+
+
+def test_a_table_is_written_below_its_marker():
+    page = Path(tempfile.mkdtemp(dir=workspace())) / "page.md"
+    page.write_text("text\n<!-- a -->\n| old |\n| old |\n\ntext | of pipes\n<!-- b -->\n")
+    write_tables(page, {"a": ["| new |"], "b": ["| 1 |", "| 2 |"]})
+    assert page.read_text() == ("text\n<!-- a -->\n| new |\n\ntext | of pipes\n<!-- b -->\n"
+                                "| 1 |\n| 2 |\n")
+    raises(ValueError, "no line <!-- c -->", write_tables, page, {"c": []})
 
 
 # ---------------------------------------------------------------- averages, SMART's released code
 
 def averages_of(*folders):
-    """{what: its scores} that results/rows/average.py prints."""
+    """{what: its scores} that results/search/average.py prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        script("rows/average").main([*map(str, folders), "--data_dir", str(workspace() / "data")])
+        script("search/average").main([*map(str, folders), "--data_dir", str(workspace() / "data")])
     lines = [line for line in printed.getvalue().splitlines() if "overall_2023" in line]
     return dict(line.split(": ") for line in lines)
 
@@ -361,7 +355,7 @@ def test_the_mean_of_weights_is_a_model_with_the_mean_weights():
     models = [MultitaskBERT.load(folder) for folder in two_runs()]
     states = [{name: tensor.clone() for name, tensor in model.state_dict().items()}
               for model in models]
-    mean = script("rows/average").mean_of_weights(models)
+    mean = script("search/average").mean_of_weights(models)
     for name, tensor in mean.state_dict().items():
         torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2)
 
@@ -373,7 +367,7 @@ def test_the_mean_of_weights_is_a_model_with_the_mean_weights():
 def test_a_constant_added_to_the_logits_of_classes_leaves_the_mean_output():
     p = np.log([[.5, .25, .25]])
     logits = [{"sst": p + shift, "para": np.array([[z]])} for shift, z in ((0, 1.), (7, 3.))]
-    means = script("rows/average").mean_of_outputs(logits)
+    means = script("search/average").mean_of_outputs(logits)
     np.testing.assert_allclose(means["sst"], p)
     assert means["para"] == 2.0
 

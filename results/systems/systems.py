@@ -4,25 +4,22 @@
     python results/systems/systems.py run 5c 5d --seeds 1 2 3 --data_dir DIR
                                                          train, and keep a record per run
 
-DIR holds the course's files, and yelp-train.csv (id, sentence, sentiment 0 to 4) for 5e and 5g. A
-record is a folder results/systems/NAME-SEED with command.txt, args.json, metrics.jsonl and
-environment.json; `DATA` stands there for DIR. A system whose record exists is not trained again,
-and a run that was interrupted is resumed.
+DIR holds the course's files, and yelp-train.csv (id, sentence, sentiment 0 to 4) for 5e and 5g. The
+records are beside this file, NAME-SEED (results/study.py says what is in them); README.md has the
+tables that tables.py makes from them.
 
 All systems use the default encoder with mean pooling. The fine-tuned ones have a peak learning
 rate of 2e-4 (the best of 1e-4, 2e-4 and 4e-4 on 5c with a seed of its own), 1f half of it; the
 frozen ones have the reports' 1e-3. Two evaluations each, half way and at the end; annealed systems
 have four.
 """
-import argparse
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PROJECT = HERE.parents[1]
-sys.path.insert(0, str(PROJECT))
-from results import records  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
+from results import study  # noqa: E402
+from results.study import System  # noqa: E402
 
 # 500 updates with 20 examples of each of the three tasks, or 1,500 with 20 examples of one task
 STEPS = "--epochs 2 --epoch_length 250 --batch_size 20"
@@ -44,17 +41,6 @@ REPORT_4 = "--weight_decay 0.01 --hidden_dropout_prob 0.2"
 ANNEALED = f"{FINETUNE} {ANNEALED_STEPS} --schedule annealed --pair_head cross {REPORT_4}"
 MIXED = f"{FINETUNE} {MIXED_STEPS} --schedule mixed --pair_head cross"
 MIXED_YELP = f"{FINETUNE} {MIXED_YELP_STEPS} --schedule mixed --pair_head cross"
-
-
-@dataclass
-class System:
-    what: str
-    flags: str  # of multitask_classifier.py
-    report: tuple = (None, None, None)  # the report's own dev scores: sst (or CFIMDB), para, sts
-    base: dict = field(default_factory=dict)  # {a system that it adds something to: what that is}
-    start: str | None = None  # a system or a pretraining below, whose result it starts from
-    same_as: str | None = None  # a system that trains the same weights
-
 
 PRETRAINING = {
     "mlm": "--lr 1e-4 --epochs 3 --epoch_length 500",
@@ -146,86 +132,7 @@ SYSTEMS = {
                    f"{MIXED_YELP} --pcgrad sst+para+sts,yelp",
                    base={"5d": "Yelp reviews", "5e": "PCGrad"}),
 }
-
-
-# ---------------------------------------------------------------- commands
-
-def command_of(name, seed, machine=" --amp"):
-    """The command of a system or a pretraining, as typed in the project's folder.
-
-    machine: the flags that depend on the machine.
-    """
-    if name in PRETRAINING:
-        return (f"python pretrain_mlm.py {PRETRAINING[name]}{machine} --seed {seed} "
-                f"--out runs/systems/{name}-{seed} --data_dir DATA")
-    system = SYSTEMS[name]
-    start = ""
-    if system.start:
-        flag = "--model" if system.start in PRETRAINING else "--init_from"
-        start = f" {flag} runs/systems/{system.start}-{seed}"
-    if "--smart" in system.flags:  # a perturbation of 1e-5 would be lost in bfloat16
-        machine = machine.replace(" --amp", "")
-    return (f"python multitask_classifier.py {system.flags}{start}{machine} --seed {seed} "
-            f"--name systems/{name}-{seed} --data_dir DATA")
-
-
-def show(name, seed):
-    """Print the commands of a system, those that it starts from first."""
-    system = SYSTEMS[SYSTEMS[name].same_as or name]
-    if system.start:
-        print(command_of(system.start, seed))
-    print(command_of(SYSTEMS[name].same_as or name, seed))
-
-
-# ---------------------------------------------------------------- training
-
-def data_files(folder):
-    """The files that a score may depend on."""
-    return [path for split in ("train", "dev") for path in sorted(folder.glob(f"*-{split}.csv"))]
-
-
-def train(name, seed, data_dir, machine):
-    """Train a system or a pretraining, after what it starts from. Returns the folder of the run."""
-    folder = PROJECT / f"runs/systems/{name}-{seed}"
-    if not records.has_ended(folder):
-        if name in SYSTEMS and SYSTEMS[name].start:
-            train(SYSTEMS[name].start, seed, data_dir, machine)
-        command = command_of(name, seed, machine)
-        records.train(folder, command, data_dir, data_files(data_dir))
-    return folder
-
-
-def run(name, seed, data_dir, machine):
-    """Train a system and keep its record, unless the record exists."""
-    name = SYSTEMS[name].same_as or name
-    kept = HERE / f"{name}-{seed}"
-    if kept.exists():
-        print(f"{name}, seed {seed}: the record exists")
-        return
-    folder = train(name, seed, data_dir, machine)
-    records.keep(folder, kept, command_of(name, seed, machine), data_dir)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    what = parser.add_subparsers(dest="what", required=True)
-    shown = what.add_parser("show", help="print the commands of a system")
-    shown.add_argument("system", choices=SYSTEMS, metavar="SYSTEM")
-    runs = what.add_parser("run", help="train systems and keep their records")
-    runs.add_argument("systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM")
-    runs.add_argument("--seeds", type=int, nargs="+", default=[1])
-    runs.add_argument("--data_dir", type=Path, default=PROJECT / "data")
-    runs.add_argument("--float32", action="store_true", help="without --amp")
-    runs.add_argument("--use_gpu", action="store_true")
-    args = parser.parse_args()
-    if args.what == "show":
-        show(args.system, seed=1)
-        return
-    machine = (" --use_gpu" if args.use_gpu else "") + ("" if args.float32 else " --amp")
-    for seed in args.seeds:
-        for name in args.systems:
-            run(name, seed, args.data_dir.resolve(), machine)
-
+STUDY = study.Study(HERE, SYSTEMS, PRETRAINING)
 
 if __name__ == "__main__":
-    main()
+    study.main(STUDY, __doc__.splitlines()[0])

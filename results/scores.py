@@ -1,0 +1,106 @@
+"""Scores of recorded runs, their spread over seeds, and tables of them, for the studies that keep
+records (results/records.py)."""
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from scipy.stats import t
+
+from support.evaluation import selection_score
+from support.run import read_metrics
+
+TASKS = ("sst", "para", "sts")
+
+
+@dataclass
+class Record:
+    """One recorded run."""
+    args: dict
+    evaluations: list  # lines of metrics.jsonl
+    steps: list
+
+    @property
+    def best(self):
+        """The evaluation whose model the run kept."""
+        return max(self.evaluations, key=lambda line: selection_score(line, self.args["trained"]))
+
+    def trains(self, *tasks):
+        return set(tasks) <= set(self.args["trained"])
+
+
+def read_records(folder, name):
+    """The records NAME-SEED in a folder, in the order of their seeds."""
+    folders = [path for path in Path(folder).glob(f"{name}-*")
+               if path.name.removeprefix(f"{name}-").isdigit()]
+    folders.sort(key=lambda path: int(path.name.rpartition("-")[2]))
+    return [Record(json.loads((path / "args.json").read_text()), read_metrics(path, "evaluation"),
+                   read_metrics(path, "step")) for path in folders]
+
+
+def scores(records, task, split="dev"):
+    """The score of each run that has one."""
+    found = [record.best[split].get(task) for record in records]
+    return [score for score in found if score is not None]
+
+
+def trained_scores(records, task):
+    """The same; none where the task is not trained."""
+    return scores([record for record in records if record.trains(task)], task)
+
+
+def overall(records):
+    """overall_2023 of each run, the mean of the three scores; none where a task is not trained."""
+    return [record.best["overall_2023"] for record in records if record.trains(*TASKS)]
+
+
+# ---------------------------------------------------------------- their spread over seeds
+
+def spread(groups):
+    """(standard deviation, degrees of freedom) over seeds, pooled over the systems that have
+    several. groups: one list of scores per system."""
+    several = [values for values in groups if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in several)
+    squares = sum((len(values) - 1) * stdev(values) ** 2 for values in several)
+    return (squares / freedom) ** 0.5 if several else None, freedom
+
+
+def least_difference(deviation, freedom, seeds, other_seeds):
+    """The smallest difference between the means of two systems that a two-sided t-test at 5 %
+    finds significant."""
+    return t.ppf(0.975, freedom) * deviation * (1 / seeds + 1 / other_seeds) ** 0.5
+
+
+def difference(ours, theirs, deviation, freedom):
+    """(mean(ours) - mean(theirs), whether it is significant; None where no system has several
+    seeds)."""
+    here = mean(ours) - mean(theirs)
+    if not freedom:
+        return here, None
+    return here, bool(abs(here) > least_difference(deviation, freedom, len(ours), len(theirs)))
+
+
+# ---------------------------------------------------------------- tables
+
+def cell(values):
+    """Mean and standard deviation over the seeds."""
+    if not values:
+        return ""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def table(head, rows):
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(map(str, cells))} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def write_tables(page, tables):
+    """Replace the table below each line `<!-- NAME -->` of a page. tables: {NAME: its lines}."""
+    text = page.read_text(encoding="utf-8")
+    for name, lines in tables.items():
+        below = re.compile(rf"(?<=<!-- {name} -->\n)(\|.*\n)*")
+        if not below.search(text):
+            raise ValueError(f"{page} has no line <!-- {name} -->")
+        text = below.sub(lambda _: "".join(f"{line}\n" for line in lines), text, count=1)
+    page.write_text(text, encoding="utf-8")

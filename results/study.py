@@ -1,0 +1,161 @@
+"""A study: systems that are trained by one command each and leave a record. For results/systems/
+and results/search/.
+
+A record is a folder NAME-SEED beside the study's script with command.txt, args.json, metrics.jsonl
+and environment.json. `DATA` stands in it for the folder of the data. A system whose record exists
+is not trained again, and a run that was interrupted is resumed.
+"""
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class System:
+    what: str
+    flags: str  # of multitask_classifier.py
+    report: tuple = (None, None, None)  # the report's own dev scores: sst (or CFIMDB), para, sts
+    base: dict = field(default_factory=dict)  # {a system that it adds something to: what that is}
+    start: str | None = None  # a system, or a pretraining of the study, that it starts from
+    same_as: str | None = None  # a system that trains the same weights
+
+
+@dataclass
+class Study:
+    folder: Path  # of its records; its runs are in runs/ under the same name
+    systems: dict  # {name: System}
+    pretraining: dict = field(default_factory=dict)  # {name: flags of pretrain_mlm.py}
+
+
+# ---------------------------------------------------------------- commands
+
+def command_of(study, name, seed, machine=" --amp"):
+    """The command of a system or a pretraining, as typed in the project's folder.
+
+    machine: the flags that depend on the machine.
+    """
+    runs = study.folder.name
+    if name in study.pretraining:
+        return (f"python pretrain_mlm.py {study.pretraining[name]}{machine} --seed {seed} "
+                f"--out runs/{runs}/{name}-{seed} --data_dir DATA")
+    system = study.systems[name]
+    start = ""
+    if system.start:
+        flag = "--model" if system.start in study.pretraining else "--init_from"
+        start = f" {flag} runs/{runs}/{system.start}-{seed}"
+    if "--smart" in system.flags:  # a perturbation of 1e-5 would be lost in bfloat16
+        machine = machine.replace(" --amp", "")
+    return (f"python multitask_classifier.py {system.flags}{start}{machine} --seed {seed} "
+            f"--name {runs}/{name}-{seed} --data_dir DATA")
+
+
+def show(study, name, seed):
+    """Print the commands of a system, those that it starts from first."""
+    name = study.systems[name].same_as or name
+    start = study.systems[name].start
+    if start in study.systems:
+        show(study, start, seed)
+    elif start:
+        print(command_of(study, start, seed))
+    print(command_of(study, name, seed))
+
+
+# ---------------------------------------------------------------- training
+
+def run(study, name, seed, data_dir, machine):
+    """Train a system and keep its record, unless the record exists."""
+    name = study.systems[name].same_as or name
+    kept = study.folder / f"{name}-{seed}"
+    if kept.exists():
+        print(f"{name}, seed {seed}: the record exists")
+        return
+    folder = train(study, name, seed, data_dir, machine)
+    keep(folder, kept, command_of(study, name, seed, machine), data_dir)
+
+
+def train(study, name, seed, data_dir, machine):
+    """Train a system or a pretraining, after what it starts from. Returns the folder of the run."""
+    folder = PROJECT / "runs" / study.folder.name / f"{name}-{seed}"
+    if (folder / "environment.json").exists():  # which is written last
+        return folder
+    if name in study.systems and study.systems[name].start:
+        train(study, study.systems[name].start, seed, data_dir, machine)
+
+    surroundings = environment(data_dir)
+    command = command_of(study, name, seed, machine)
+    print(command, flush=True)
+    flags = command.replace("DATA", str(data_dir)).split()[2:]
+    if folder.exists():
+        flags = ["--resume", str(folder)]
+    subprocess.run([sys.executable, command.split()[1], *flags], cwd=PROJECT, check=True)
+    (folder / "environment.json").write_text(json.dumps(surroundings, indent=2) + "\n")
+    return folder
+
+
+def environment(data_dir):
+    """What a score depends on beside its command: commit, libraries, processor, threads, data."""
+    describe = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    files = [path for split in ("train", "dev") for path in sorted(data_dir.glob(f"*-{split}.csv"))]
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "cpu": cpu, "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(), "sha256": digests}
+
+
+def keep(folder, kept, command, data_dir):
+    """Keep the record `kept` of the run in `folder`, without what belongs to this machine."""
+    args = json.loads((folder / "args.json").read_text().replace(str(data_dir), "DATA"))
+    args.pop("folder")
+    new = kept.with_name(f".{kept.name}")
+    new.mkdir(exist_ok=True)
+    (new / "command.txt").write_text(command + "\n")
+    (new / "args.json").write_text(json.dumps(args, indent=2) + "\n")
+    for file in ("metrics.jsonl", "environment.json"):
+        (new / file).write_text((folder / file).read_text())
+    new.rename(kept)
+
+
+# ---------------------------------------------------------------- main
+
+def main(study, description, write_tables=None):
+    """write_tables: a function for the command `table`."""
+    parser = argparse.ArgumentParser(description=description)
+    what = parser.add_subparsers(dest="what", required=True)
+    shown = what.add_parser("show", help="print the commands of a system")
+    shown.add_argument("system", choices=study.systems, metavar="SYSTEM")
+    runs = what.add_parser("run", help="train systems and keep their records")
+    runs.add_argument("systems", nargs="+", choices=study.systems, metavar="SYSTEM")
+    runs.add_argument("--seeds", type=int, nargs="+", default=[1])
+    runs.add_argument("--data_dir", type=Path, default=PROJECT / "data")
+    runs.add_argument("--float32", action="store_true",
+                      help="without --amp, for a machine that has no bfloat16")
+    runs.add_argument("--use_gpu", action="store_true")
+    if write_tables:
+        what.add_parser("table", help="write the tables of README.md")
+    args = parser.parse_args()
+    if args.what == "table":
+        write_tables()
+        return
+    if args.what == "show":
+        show(study, args.system, seed=1)
+        return
+    machine = (" --use_gpu" if args.use_gpu else "") + ("" if args.float32 else " --amp")
+    for seed in args.seeds:
+        for name in args.systems:
+            run(study, name, seed, args.data_dir.resolve(), machine)

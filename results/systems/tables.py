@@ -1,0 +1,238 @@
+"""Write the tables and draw the pictures of results/systems/README.md from the records beside it.
+
+    python results/systems/tables.py
+"""
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+from claims import CLAIMS  # noqa: E402
+from results.scores import (TASKS, cell, difference, least_difference, overall,  # noqa: E402
+                            read_records, scores, spread, table, trained_scores, write_tables)
+from systems import SYSTEMS  # noqa: E402
+
+PAGE = HERE / "README.md"
+QUORA_SHARES = {"": 1, "-4th": 1 / 4, "-16th": 1 / 16, "-64th": 1 / 64}  # of 2c and 2d
+COLORS = {"sst": "tab:blue", "para": "tab:orange", "sts": "tab:green"}
+
+
+def read_all(folder=HERE):
+    """{system: its records}, of the systems that have one."""
+    found = {name: read_records(folder, system.same_as or name)
+             for name, system in SYSTEMS.items()}
+    return {name: records for name, records in found.items() if records}
+
+
+def is_finetuned(name):
+    return "--option finetune" in SYSTEMS[SYSTEMS[name].same_as or name].flags
+
+
+# ---------------------------------------------------------------- tables
+
+def scores_table(found):
+    """Every system on the three tasks, beside its report."""
+    rows = []
+    for name, records in found.items():
+        if "cfimdb" in name:
+            continue
+        system = SYSTEMS[name]
+        cells = [score_cell(system, records, task) for task in TASKS]
+        report = ["-" if score is None else f"{score:.3f}" for score in system.report]
+        rows.append((name, system.what, len(records), *cells, cell(overall(records)),
+                     " / ".join(report)))
+    return table(("system", "what it is", "seeds", *TASKS, "overall_2023",
+                  "report: sst / para / sts"), rows)
+
+
+def score_cell(system, records, task):
+    """A score, in brackets where the task is not trained."""
+    if records[0].trains(task):
+        return cell(scores(records, task))
+    # a system that shares another's weights has no untrained heads of its own
+    untrained = [] if system.same_as else scores(records, task)
+    return f"({cell(untrained)})" if untrained else ""
+
+
+def cfimdb_table(found):
+    rows = [(name, SYSTEMS[name].what, len(records), cell(scores(records, "cfimdb")),
+             f"{SYSTEMS[name].report[0]:.3f}")
+            for name, records in found.items() if "cfimdb" in name]
+    return table(("system", "what it is", "seeds", "cfimdb", "report 3"), rows)
+
+
+def spreads(found):
+    """{task or overall_2023: (standard deviation over seeds, degrees of freedom)}, pooled over the
+    fine-tuned systems that have several seeds."""
+    several = [records for name, records in found.items()
+               if is_finetuned(name) and not SYSTEMS[name].same_as]
+    found = {task: spread([trained_scores(records, task) for records in several])
+             for task in TASKS}
+    return {**found, "overall_2023": spread([overall(records) for records in several])}
+
+
+def spread_table(found):
+    pooled = spreads(found)
+    if not all(freedom for _, freedom in pooled.values()):
+        return []
+    rows = [("standard deviation over seeds", *(f"{value:.4f}" for value, _ in pooled.values())),
+            ("degrees of freedom", *(freedom for _, freedom in pooled.values()))]
+    for what, seeds in (("one seed each", (1, 1)), ("one seed and three", (1, 3)),
+                        ("three each", (3, 3))):
+        least = [least_difference(*each, *seeds) for each in pooled.values()]
+        rows.append((f"least significant difference, {what}", *(f"{x:.3f}" for x in least)))
+    return table(("", *pooled), rows)
+
+
+def differences_table(found):
+    """What each addition of a report did there and here."""
+    pooled, rows = spreads(found), []
+    for name in found:
+        for base, added in SYSTEMS[name].base.items():
+            if base in found and "cfimdb" not in name:
+                cells = (difference_cell(found, base, name, task, pooled) for task in TASKS)
+                rows.append((f"{base}, {name}", added, *cells))
+    return table(("from, to", "what is added", *(f"{task}: report, here" for task in TASKS)), rows)
+
+
+def difference_cell(found, base, name, task, pooled):
+    """The report's difference and ours, and whether ours is significant."""
+    here, significant = measured(found, base, name, task, pooled)
+    if here is None:
+        return "not trained in both"
+    theirs = claimed(base, name, task)
+    both = f"{'-' if theirs is None else f'{theirs:+.3f}'}, {here:+.3f}"
+    return both + {None: "", False: " n.s.", True: " **significant**"}[significant]
+
+
+def claimed(base, name, task):
+    """The report's difference; None where it has no score for one of the two."""
+    before, after = (SYSTEMS[each].report[TASKS.index(task)] for each in (base, name))
+    return None if before is None or after is None else after - before
+
+
+def measured(found, base, name, task, pooled):
+    """(our difference, whether it is significant). (None, None) where one of the two does not train
+    the task. No test where the system is frozen: the spread is that of fine-tuned ones."""
+    of = overall if task == "overall_2023" else lambda records: trained_scores(records, task)
+    theirs, ours = of(found[base]), of(found[name])
+    if not ours or not theirs:
+        return None, None
+    here, significant = difference(ours, theirs, *pooled[task])
+    return here, significant if is_finetuned(name) else None
+
+
+def quora_table(found):
+    """Report 2's study: in turn (2c) and MT-DNN's schedule (2d) as the Quora set shrinks."""
+    rows = []
+    for part, share in QUORA_SHARES.items():
+        pair = [found.get(f"{name}{part}") for name in ("2c", "2d")]
+        if all(pair):
+            accuracy = [mean(scores(records, "para")) for records in pair]
+            f1 = [mean(record.best["f1"]["para"]["positive"] for record in records)
+                  for records in pair]
+            others = [mean(scores(records, task)) for records in pair for task in ("sst", "sts")]
+            rows.append((f"{share:.4g}", *(f"{x:.3f}" for x in accuracy + f1),
+                         f"{f1[0] - f1[1]:+.3f}", *(f"{x:.3f}" for x in others)))
+    return table(("share of the pairs", "para 2c", "para 2d", "F1 2c", "F1 2d", "F1 2c - 2d",
+                  "sst 2c", "sts 2c", "sst 2d", "sts 2d"), rows)
+
+
+def claims_table(found):
+    """What the reports conclude, beside what these runs show."""
+    pooled, rows = spreads(found), []
+    for claim in CLAIMS:
+        if claim.base in found and claim.system in found:
+            differences = [f"{task} {difference_cell(found, claim.base, claim.system, task, pooled)}"
+                           for task in claim.tasks]
+            rows.append((claim.report, claim.says, f"{claim.base}, {claim.system}",
+                         "<br>".join(differences), claim.here))
+    return table(("report", "it says", "from, to", "difference: report, here", "here"), rows)
+
+
+def all_tables(folder=HERE):
+    """{name in README.md: the lines of a table}."""
+    found = read_all(folder)
+    return {"scores": scores_table(found), "cfimdb": cfimdb_table(found),
+            "spread": spread_table(found), "differences": differences_table(found),
+            "quora": quora_table(found), "claims": claims_table(found)}
+
+
+# ---------------------------------------------------------------- pictures
+
+def draw_systems(found):
+    """Each system's dev scores here, a dot per seed, and its report's, hollow."""
+    names = [name for name in found if "cfimdb" not in name and not SYSTEMS[name].same_as
+             and not name.startswith(("2c-", "2d-"))]
+    figure = Figure(figsize=(11, 0.24 * len(names) + 1), layout="constrained")
+    for axes, task in zip(figure.subplots(1, 3, sharey=True), TASKS):
+        for i, name in enumerate(names):
+            values = trained_scores(found[name], task)
+            axes.plot(values, [i] * len(values), "o", ms=5, alpha=0.8, color=COLORS[task])
+            report = SYSTEMS[name].report[TASKS.index(task)]
+            if values and report is not None:
+                axes.plot(report, i, "o", ms=5, mfc="none", color="gray")
+        axes.set(title=f"{task}, {'Pearson r' if task == 'sts' else 'accuracy'}")
+        axes.grid(alpha=0.3)
+        axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.plot([], [], "o", color="black", label="here, a dot per seed")
+    axes.plot([], [], "o", mfc="none", color="gray", label="the report")
+    axes.legend(loc="lower left", fontsize="small")
+    return figure
+
+
+def draw_quora(found):
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, task in zip(figure.subplots(1, 3), TASKS):
+        for name, style, what in (("2c", "o-", "in turn"), ("2d", "s--", "MT-DNN's schedule")):
+            points = [(share, mean(scores(found[f"{name}{part}"], task)))
+                      for part, share in QUORA_SHARES.items() if f"{name}{part}" in found]
+            if points:
+                axes.plot(*zip(*points), style, label=f"{name}: {what}")
+        axes.set(xscale="log", title=task, xlabel="share of the Quora pairs", ylabel="dev score")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def draw_cosines(found):
+    """The cosines between the tasks' gradients under PCGrad, a line per seed."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, pair in zip(figure.subplots(1, 3, sharey=True), ("sst-para", "sst-sts", "para-sts")):
+        for name, color in (("1d", "tab:purple"), ("5d", "tab:brown")):
+            for i, record in enumerate(found.get(name, [])):
+                lines = [line for line in record.steps if pair in line["gradients"]["cosine"]]
+                steps = [line["step"] for line in lines]
+                cosines = [line["gradients"]["cosine"][pair] for line in lines]
+                axes.plot(mean_of_ten(steps), mean_of_ten(cosines), color=color, lw=0.9,
+                          label=f"{name}, a line per seed" if i == 0 else None)
+        axes.axhline(0, color="black", lw=0.5)
+        axes.set(title=pair, xlabel="step", ylabel="cosine, mean over 100 steps")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def mean_of_ten(values):
+    return np.convolve(values, np.ones(10) / 10, "valid")
+
+
+PICTURES = {"systems.png": draw_systems, "quora.png": draw_quora, "cosines.png": draw_cosines}
+
+
+def main():
+    write_tables(PAGE, all_tables())
+    print(PAGE.name)
+    found = read_all()
+    for name, draw in PICTURES.items():
+        draw(found).savefig(HERE / name, dpi=100)
+        print(name)
+
+
+if __name__ == "__main__":
+    main()
