@@ -265,6 +265,7 @@ def write_record(root, name, seed, mean):
     with open(folder / "metrics.jsonl", "w") as file:
         for step, line in enumerate(evaluations, start=1):
             line["train"] = dict.fromkeys(line["dev"], line["train"])
+            line["f1"] = {"sst": {"macro": 0.3}, "para": {"positive": 0.7}}
             line["overall_2023"] = sum(line["dev"].values()) / 3
             file.write(json.dumps({"kind": "evaluation", "step": step, **line}) + "\n")
 

@@ -65,18 +65,40 @@ def cfimdb_table(found):
     return table(("system", "what it is", "seeds", "cfimdb", "report 3"), rows)
 
 
+def values_of(records, task):
+    """The scores of a task that is trained, or overall_2023."""
+    return overall(records) if task == "overall_2023" else trained_scores(records, task)
+
+
+def gaps_of(records, task):
+    """Train minus dev: how much a system over-fits."""
+    trained = [record for record in records if record.trains(task)]
+    return [on_train - on_dev for on_train, on_dev in zip(scores(trained, task, "train"),
+                                                          scores(trained, task))]
+
+
+def f1_of(records, task):
+    """F1 of paraphrase, or of sst the mean over its classes."""
+    key = {"para": "positive", "sst": "macro"}.get(task)
+    return [record.best["f1"][task][key] for record in records if key and record.trains(task)]
+
+
+MEASURES = {"score": values_of, "gap": gaps_of, "F1": f1_of}
+
+
 def spreads(found):
-    """{task or overall_2023: (standard deviation over seeds, degrees of freedom)}, pooled over the
+    """{(measure, task): (standard deviation over seeds, degrees of freedom)}, pooled over the
     fine-tuned systems that have several seeds."""
-    several = [records for name, records in found.items()
-               if is_finetuned(name) and not SYSTEMS[name].same_as]
-    found = {task: spread([trained_scores(records, task) for records in several])
-             for task in TASKS}
-    return {**found, "overall_2023": spread([overall(records) for records in several])}
+    several = [records for name, records in found.items() if len(records) > 1
+               and is_finetuned(name) and not SYSTEMS[name].same_as]
+    return {(measure, task): spread([of(records, task) for records in several])
+            for measure, of in MEASURES.items() for task in (*TASKS, "overall_2023")
+            if task in TASKS or measure == "score"}
 
 
 def spread_table(found):
-    pooled = spreads(found)
+    pooled = {task: value for (measure, task), value in spreads(found).items()
+              if measure == "score"}
     if not all(freedom for _, freedom in pooled.values()):
         return []
     rows = [("standard deviation over seeds", *(f"{value:.4f}" for value, _ in pooled.values())),
@@ -99,30 +121,36 @@ def differences_table(found):
     return table(("from, to", "what is added", *(f"{task}: report, here" for task in TASKS)), rows)
 
 
-def difference_cell(found, base, name, task, pooled):
+def difference_cell(found, base, name, task, pooled, measure="score", theirs=None):
     """The report's difference and ours, and whether ours is significant."""
-    here, significant = measured(found, base, name, task, pooled)
+    here, significant = measured(found, base, name, task, pooled, measure)
     if here is None:
         return "not trained in both"
-    theirs = claimed(base, name, task)
+    theirs = claimed(base, name, task) if theirs is None else theirs
     both = f"{'-' if theirs is None else f'{theirs:+.3f}'}, {here:+.3f}"
     return both + {None: "", False: " n.s.", True: " **significant**"}[significant]
 
 
 def claimed(base, name, task):
     """The report's difference; None where it has no score for one of the two."""
-    before, after = (SYSTEMS[each].report[TASKS.index(task)] for each in (base, name))
+    before, after = (report_score(SYSTEMS[each], task) for each in (base, name))
     return None if before is None or after is None else after - before
 
 
-def measured(found, base, name, task, pooled):
+def report_score(system, task):
+    if task != "overall_2023":
+        return system.report[TASKS.index(task)]
+    return None if None in system.report else mean(system.report)
+
+
+def measured(found, base, name, task, pooled, measure):
     """(our difference, whether it is significant). (None, None) where one of the two does not train
     the task. No test where the system is frozen: the spread is that of fine-tuned ones."""
-    of = overall if task == "overall_2023" else lambda records: trained_scores(records, task)
-    theirs, ours = of(found[base]), of(found[name])
+    of = MEASURES[measure]
+    theirs, ours = of(found[base], task), of(found[name], task)
     if not ours or not theirs:
         return None, None
-    here, significant = difference(ours, theirs, *pooled[task])
+    here, significant = difference(ours, theirs, *pooled[measure, task])
     return here, significant if is_finetuned(name) else None
 
 
@@ -133,8 +161,7 @@ def quora_table(found):
         pair = [found.get(f"{name}{part}") for name in ("2c", "2d")]
         if all(pair):
             accuracy = [mean(scores(records, "para")) for records in pair]
-            f1 = [mean(record.best["f1"]["para"]["positive"] for record in records)
-                  for records in pair]
+            f1 = [mean(f1_of(records, "para")) for records in pair]
             others = [mean(scores(records, task)) for records in pair for task in ("sst", "sts")]
             rows.append((f"{share:.4g}", *(f"{x:.3f}" for x in accuracy + f1),
                          f"{f1[0] - f1[1]:+.3f}", *(f"{x:.3f}" for x in others)))
@@ -147,11 +174,14 @@ def claims_table(found):
     pooled, rows = spreads(found), []
     for claim in CLAIMS:
         if claim.base in found and claim.system in found:
-            differences = [f"{task} {difference_cell(found, claim.base, claim.system, task, pooled)}"
-                           for task in claim.tasks]
+            what = "" if claim.measure == "score" else f" {claim.measure}"
+            cells = [f"{task}{what} " + difference_cell(
+                found, claim.base, claim.system, task, pooled, claim.measure,
+                claim.theirs.get(task)) for task in claim.tasks.split()]
             rows.append((claim.report, claim.says, f"{claim.base}, {claim.system}",
-                         "<br>".join(differences), claim.here))
-    return table(("report", "it says", "from, to", "difference: report, here", "here"), rows)
+                         "<br>".join(cells), claim.here))
+    return table(("report", "it says", "from, to", "difference: report, here",
+                  "what these runs show"), rows)
 
 
 def all_tables(folder=HERE):
