@@ -133,12 +133,13 @@ def keep(folder, kept, command, data_dir):
 
 # ---------------------------------------------------------------- main
 
-def main(study, description, write_tables=None):
-    """write_tables: a function for the command `table`."""
+def main(study, description, show=show, names=None, write_tables=None):
+    """show: the function for the command `show`, and names, what it knows (default: the systems).
+    write_tables: for the command `table`."""
     parser = argparse.ArgumentParser(description=description)
     what = parser.add_subparsers(dest="what", required=True)
     shown = what.add_parser("show", help="print the commands of a system")
-    shown.add_argument("system", choices=study.systems, metavar="SYSTEM")
+    shown.add_argument("system", choices=names or study.systems, metavar="SYSTEM")
     runs = what.add_parser("run", help="train systems and keep their records")
     runs.add_argument("systems", nargs="+", choices=study.systems, metavar="SYSTEM")
     runs.add_argument("--seeds", type=int, nargs="+", default=[1])

@@ -29,7 +29,7 @@ from support import flags, plots
 from support.evaluation import predict
 from support.files import InputError
 from support.run import read_metrics
-from tests.helpers import (DEMO, PROJECT, needs_full, quietly, raises, run, same, three_task_model,
+from tests.helpers import (DEMO, PROJECT, captured, needs_full, quietly, raises, run, same, three_task_model,
                            trained, workspace)
 
 RESULTS = PROJECT / "results"
@@ -61,29 +61,7 @@ def parsed(command):
                                  "--name")
 
 
-# ---------------------------------------------------------------- the README's commands
-
-def commands_of(cell):
-    """The commands of a cell of the README's table: "`a`, then `b`, and with `--flag`" -> [a, b,
-    b --flag]."""
-    commands, full = [], None
-    for command in re.findall("`(.*?)`", cell):
-        if command.startswith("--"):
-            command = f"{full} {command}"
-        else:
-            full = command
-        commands.append(command)
-    return commands
-
-
-def commands_of_the_reports():
-    """{system: its commands} of the README's table of the five reports, with $TRAIN replaced."""
-    table = readme().split("## Every system of the five reports")[1].split("\n## ")[0]
-    train = re.search('^TRAIN="(.*)"$', readme(), re.MULTILINE)[1]
-    cells = re.findall(r"^\| (\d\w) \|.*?\| (`.*) \|$", table, flags=re.MULTILINE)
-    return {name: [command.replace("$TRAIN", train) for command in commands_of(cell)]
-            for name, cell in cells}
-
+# ---------------------------------------------------------------- the commands of the reports
 
 def shortened(command, name):
     """(script, flags, the file it leaves) of a command, cut to the tiny encoder and a few steps of
@@ -109,21 +87,39 @@ def shortened(command, name):
     return called, argv, Path(argv[argv.index("--name") + 1]) / "metrics.jsonl"
 
 
-def test_the_readme_has_commands_for_every_system_of_the_reports():
+def test_every_system_of_the_reports_has_commands():
     systems = [f"{report}{letter}" for report, letters in enumerate(
         ("abcdef", "abcdefg", "abcde", "abcdef", "abcdefg"), start=1) for letter in letters]
-    assert sorted(commands_of_the_reports()) == systems
+    assert sorted(script("systems/reports").REPORTS) == systems
+    known = script("systems/systems").SYSTEMS
+    assert {name[:2] for name in known} == set(systems) - {"2g"}
 
 
-def test_every_command_of_the_readmes_table_runs():
+def test_every_command_of_the_reports_runs():
     # in the order of the table, since some start from the runs of others
-    for system, commands in commands_of_the_reports().items():
+    done = set()
+    for system, (_, commands) in script("systems/reports").REPORTS.items():
         for i, command in enumerate(commands):
+            if command in done:
+                continue
+            done.add(command)
             called, argv, leaves = shortened(command, f"{system}-{i}")
             status, printed = quietly(SCRIPTS[called].main, *argv)
             assert status == 0 and leaves.exists(), (system, command, printed)
             if leaves.suffix == ".jsonl":
                 assert read_metrics(leaves.parent, "evaluation"), (system, command)
+
+
+def test_show_prints_commands_that_are_understood():
+    systems = script("systems/systems")
+    for name in (*systems.SYSTEMS, "2g"):
+        _, printed = captured(systems.show, systems.STUDY, name, 1)
+        commands = [line for line in printed.splitlines() if not line.startswith("#")]
+        assert len(commands) >= 2, name
+        for command in commands:
+            _, called, *argv = command.replace("DATA", "data").split()
+            if called != "support/plots.py":
+                SCRIPTS[called].get_parser().parse_args(argv)
 
 
 def test_every_other_command_of_the_readme_is_understood():
@@ -176,7 +172,7 @@ def test_each_recorded_command_gives_the_recorded_flags():
 
 def test_the_commands_of_studies_are_understood():
     """In commands.txt: a command, or the flags that a file adds to the first one."""
-    for path in sorted(RESULTS.glob("*/commands.txt")):
+    for path in sorted(RESULTS.glob("**/commands.txt")):
         lines, first, understood = path.read_text().splitlines(), None, 0
         for line in lines:
             file, _, rest = line.partition("python ")
@@ -250,6 +246,35 @@ def test_the_pages_have_the_tables_that_the_records_give():
         page = (RESULTS / name / "README.md").read_text(encoding="utf-8")
         for marker, lines in tables.items():
             assert "\n".join([f"<!-- {marker} -->", *lines, ""]) in page, (name, marker)
+
+
+def rows_with_a_record(page):
+    """[(numbers of a table's row, its record)], of the rows whose last cell is a file or folder."""
+    found = []
+    for line in page.read_text(encoding="utf-8").splitlines():
+        *cells, record = [cell.strip() for cell in line.strip("|").split("|")]
+        path = page.parent / record
+        if line.startswith("|") and record and path.exists():
+            numbers = re.findall(r"-?\.\d{3}\b", " ".join(cells[1:]))  # not those of the flags
+            found.append((numbers, path if path.is_file() else path / "metrics.jsonl"))
+    return found
+
+
+def test_the_tables_of_single_runs_have_the_numbers_of_their_records():
+    for study, count in (("choices", 19), ("smart", 8), ("mlm", 3)):
+        rows = rows_with_a_record(RESULTS / study / "README.md")
+        assert len(rows) == count, study
+        for numbers, path in rows:
+            best = max((line for line in map(json.loads, path.read_text().splitlines())
+                        if "dev" in line), key=lambda line: sum(line["dev"].values()))
+            expected = []
+            for task in ("sst", "para", "sts"):
+                expected.append(best["dev"][task])
+                if study != "choices":  # train minus dev
+                    expected.append(best["train"][task] - best["dev"][task])
+            expected.append(sum(best["dev"].values()) / 3)
+            for number, value in zip(numbers, expected, strict=True):
+                assert abs(float(number) - value) < 6e-4, (path, number, value)
 
 
 def write_record(root, name, seed, mean):

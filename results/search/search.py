@@ -72,4 +72,4 @@ def cells(records):
 
 if __name__ == "__main__":
     study.main(STUDY, __doc__.split("\n\n")[0],
-               lambda: write_tables(HERE / "README.md", tables()))
+               write_tables=lambda: write_tables(HERE / "README.md", tables()))

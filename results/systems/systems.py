@@ -1,6 +1,7 @@
 """Every system of the five reports at one budget: 30,000 training examples each, on the whole sets.
 
-    python results/systems/systems.py show 4f            print the commands of a system
+    python results/systems/systems.py show 4f            print the commands of a system, these and
+                                                         those at its report's own settings
     python results/systems/systems.py run 5c 5d --seeds 1 2 3 --data_dir DIR
                                                          train, and keep a record per run
 
@@ -17,7 +18,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+from reports import REPORTS  # noqa: E402
 from results import study  # noqa: E402
 from results.study import System  # noqa: E402
 
@@ -134,5 +136,16 @@ SYSTEMS = {
 }
 STUDY = study.Study(HERE, SYSTEMS, PRETRAINING)
 
+
+def show(study_, name, seed):
+    """Print the commands of a system, at its report's settings and at the budget of this study."""
+    what, commands = REPORTS[name[:2]]
+    print(f"# {name[:2]}, {what}, at its report's settings; not run here at this size")
+    print("\n".join(commands))
+    print("# at the budget of results/systems/README.md")
+    for part in [name] if name in SYSTEMS else [key for key in SYSTEMS if key[2:].endswith("th")]:
+        study.show(study_, part, seed)
+
+
 if __name__ == "__main__":
-    study.main(STUDY, __doc__.splitlines()[0])
+    study.main(STUDY, __doc__.splitlines()[0], show, [*SYSTEMS, "2g"])
