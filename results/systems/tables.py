@@ -4,7 +4,7 @@
 """
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 from matplotlib.figure import Figure
