@@ -11,9 +11,11 @@ sequences end to end ("packed"), and every linear layer, norm and activation run
                        c c c . .          groups           2 sequences of 3 tokens, 1 of 5
 
 Only attention must know which tokens belong together. The sequences are ordered by length, so that
-all those of one length are a dense block, which needs no mask.
+all those of one length are a dense block, which needs no mask. That suits a CPU. A GPU wants few
+launches instead: one fused kernel on the packed tokens where it has one, or else padding for the
+time of the attention. `fastest_attention` chooses between the three, which compute the same.
 
-    python attention.py        packed attention beside padded, masked attention
+    python attention.py        attention on packed tokens beside padded, masked attention
 
 Dimensions: B sequences in the batch, L tokens in the longest, T packed tokens (the real ones, and
 up to 31 that fill T up), n sequences of one length, H hidden size, A attention heads, D = H / A.
@@ -85,6 +87,7 @@ class Packing:
         # each sequence of the batch went
         self.positions = to_device(F.pad(column, (0, self.fill)), device)  # (T,) in its sequence
         self.indices = to_device(order[sequence] * L + column, device)  # (T - fill,)
+        self.mask = to_device(mask, device)  # (B, L)
         self.restore = to_device(order.argsort(), device)  # (B,) row -> packed sequence
 
     def pack(self, padded):
@@ -134,17 +137,35 @@ def grouped_attention(query, key, value, packing):
     return torch.cat(outputs).to(query.dtype)
 
 
+def padded_attention(query, key, value, packing):
+    """Equation 1 by torch's fused kernels on the padded batch, with a mask. All (T, A, D)."""
+    (_, A, D), (B, L) = query.shape, packing.padded_shape
+    qkv = torch.stack((query, key, value), dim=1).flatten(1)  # (T, 3 * A * D)
+    q, k, v = packing.unpack(qkv).view(B, L, 3, A, D).permute(2, 0, 3, 1, 4)  # (B, A, L, D) each
+    output = F.scaled_dot_product_attention(q, k, v, packing.mask[:, None, None, :])
+    return packing.pack(output.transpose(1, 2))
+
+
 def flash_attention(query, key, value, packing):
-    """The same by one fused kernel on packed tokens, where `has_flash` holds. All (T, A, D)."""
+    """Equation 1 by one fused kernel on the packed tokens, where `has_flash` holds. All (T, A, D).
+    """
     bounds, longest = packing.cu_seqlens, packing.max_length
     return varlen_attn(query, key, value, bounds, bounds, longest, longest)
 
 
 def has_flash(query):
-    """The fused kernel needs half precision on CUDA (Ampere or later), and D a multiple of 8."""
+    """The kernel needs half precision on CUDA (Ampere or later), and D a multiple of 8, which the
+    heads of PAL (204 / 12 = 17) never have."""
     return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
             and query.size(-1) % 8 == 0 and query.size(-1) <= 256
             and torch.cuda.get_device_capability(query.device) >= (8, 0))
+
+
+def fastest_attention(query):
+    """Which of the three to use for queries like these."""
+    if query.device.type == "cpu":
+        return grouped_attention
+    return flash_attention if has_flash(query) else padded_attention
 
 
 # ---------------------------------------------------------------- layers
@@ -168,7 +189,7 @@ class BertSelfAttention(nn.Module):
         query = self.query(hidden_states).unflatten(-1, (A, -1))  # (T, A, D)
         key = self.key(hidden_states).unflatten(-1, (A, -1))
         value = self.value(hidden_states).unflatten(-1, (A, -1))
-        attend = flash_attention if has_flash(query) else grouped_attention
+        attend = fastest_attention(query)
         return attend(query, key, value, packing).flatten(1)
 
 
@@ -217,10 +238,12 @@ if __name__ == "__main__":
 
     packing = Packing(attention_mask)
     packed = [packing.pack(x.transpose(1, 2)) for x in (query, key, value)]  # (T, A, D) each
-    ours = packing.unpack(grouped_attention(*packed, packing).flatten(1))  # (B, L, A * D)
-
     real = attention_mask.bool()
-    difference = (padded.transpose(1, 2).flatten(2) - ours)[real].abs().max()
     print(f"{attention_mask.numel()} padded tokens, {int(real.sum())} of them real")
     print(f"groups (sequences, length): {packing.groups}; the last {packing.fill} tokens fill T up")
-    print(f"largest difference from padded, masked attention: {difference:.1e}")
+
+    print("largest difference from padded, masked attention:")
+    for attend in (grouped_attention, padded_attention):
+        ours = packing.unpack(attend(*packed, packing).flatten(1))  # (B, L, A * D)
+        difference = (padded.transpose(1, 2).flatten(2) - ours)[real].abs().max()
+        print(f"    {attend.__name__:18} {difference:.1e}")

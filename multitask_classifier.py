@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from attention import ProjectedAttention, to_device
 from bert import BertModel
@@ -38,8 +37,8 @@ from optimizer import ScheduledAdamW
 from pcgrad import GradientBuffer
 from smart import Proximal, Smoothness
 from support import flags
-from support.devices import (autocast, fetch_encoder_once, join_processes, rank_and_world,
-                             sparse_embedding)
+from support.devices import (autocast, fetch_encoder_once, join_processes, make_scaler,
+                             rank_and_world, sparse_embedding)
 from support.evaluation import (confusion_lines, encode_once, evaluate, evaluation_line,
                                 gradient_lines, output_paths, predict, selection_score,
                                 to_predictions, write_errors, write_predictions)
@@ -48,7 +47,7 @@ from support.files import InputError
 from support.flags import SST_LOSSES, number, per_task
 from support.plots import plot_curves
 from support.run import (Interruption, Run, StepLog, check_weights, exit_status, mean_of,
-                         null_stream, read_metrics, restoring)
+                         null_stream, progress_bar, read_metrics, restoring)
 from support.weights import read_checkpoint, to_float
 
 HERE = Path(__file__).resolve().parent
@@ -148,7 +147,8 @@ def get_parser():
 
     add = parser.add_argument_group("machine and run").add_argument
     add("--use_gpu", action="store_true", help="train on CUDA, or on MPS of an Apple machine")
-    add("--amp", action="store_true", help="bfloat16 encoder (CUDA, or a CPU with avx512_bf16)")
+    add("--amp", action="store_true",
+        help="encoder in half precision (CUDA, or a CPU with avx512_bf16)")
     add("--name", help="folder in runs/, or an absolute path (default: made of flags and time)")
     add("--resume", metavar="RUN", help="resume an interrupted run, with the flags it had")
     add("--save_every", type=number(float, 0), default=5.0, metavar="MINUTES",
@@ -239,9 +239,9 @@ class MultitaskBERT(nn.Module):
 
     tasks: {name: Task}. pair_head: {pair task: one of PAIR_HEADS}. pooling: "cls" or "mean".
     option: "finetune", or "pretrain" for a frozen encoder, which then runs without dropout. amp:
-    the encoder in bfloat16 autocast; heads and losses stay in float32. hidden_dropout_prob: of
-    the heads alone; the encoder's is in its config. sst_loss: one of SST_LOSSES. pal: {"size",
-    "g"} of a ProjectedAttention for each task, or None.
+    the encoder in half precision; heads and losses stay in float32. hidden_dropout_prob: of the
+    heads alone; the encoder's is in its config. sst_loss: one of SST_LOSSES. pal: {"size", "g"}
+    of a ProjectedAttention for each task, or None.
     """
 
     def __init__(self, bert, tasks, pair_head, pooling, hidden_dropout_prob, option="finetune",
@@ -409,12 +409,13 @@ def train(args, model, data, schedule, run, encoder_folder):
     """Train for args.epochs, or for the rest of them where `run` is resumed. Saves the best epoch,
     and returns its evaluation. Raises RunFailed where a loss is not finite, and Interrupted."""
     rank, world = rank_and_world()
+    scaler = make_scaler(model.device, args.amp)
     gradients = GradientBuffer(
         model.shared_parameters(), {task: model.own_parameters(task) for task in args.trained},
-        args.surgery, args.gradient_rows, args.surgery_scope)
-    optimizers = make_optimizers(args, model, schedule)  # {task: its optimizer}
+        args.surgery, args.gradient_rows, args.surgery_scope, scaler)
+    optimizers = make_optimizers(args, model, schedule, scaler)  # {task: its optimizer}
     regularizers = make_regularizers(args, model)
-    log = make_log(args, model, run, regularizers)
+    log = StepLog(run, args.trained, regularizers, model.device)
 
     # with the tensors of model, gradients, optimizers and regularizers, this is what last.pt holds
     state = {"epoch": 0, "step": 0, "best": None, "data": data_digest(data)}
@@ -443,8 +444,11 @@ def train(args, model, data, schedule, run, encoder_folder):
                 if is_update:
                     gradients.combine(seed_of(args.seed, epoch, n, "order of the projections"))
                     # one optimizer for all tasks; or one each, where a step has one task
-                    optimizers[task].step()
-                    update_teacher(model, regularizers, optimizers)
+                    if optimizers[task].step():
+                        update_teacher(model, regularizers, optimizers)
+                    else:  # an overflow in float16: nothing has moved
+                        gradients.undo()
+                        log.skipped += 1
                 log.end_step(gradients.diagnostics() if is_update else None)
 
                 # save where no gradient is pending. log.write sums over the processes, so that
@@ -504,14 +508,14 @@ def update_teacher(model, regularizers, optimizers):
         regularizers["proximal"].update(model, done / planned)
 
 
-def make_optimizers(args, model, schedule):
+def make_optimizers(args, model, schedule, scaler):
     """{task: the optimizer of its steps}: one for all tasks, or with --optimizer_per_task one each,
     whose learning-rate schedule counts the steps of its task alone."""
     def optimizer_of(tasks, updates):
         parameters = [*model.shared_parameters(),
                       *(p for task in tasks for p in model.own_parameters(task))]
         return ScheduledAdamW(parameters, updates, args.lr, args.warmup, args.lr_schedule,
-                              args.weight_decay, args.clip)
+                              args.weight_decay, args.clip, scaler)
 
     if args.optimizer_per_task:
         steps = Counter(task for epoch in range(args.epochs) for step in schedule.tasks(epoch)
@@ -519,18 +523,6 @@ def make_optimizers(args, model, schedule):
         return {task: optimizer_of([task], steps[task]) for task in args.trained}
     updates = args.epochs * math.ceil(schedule.steps_per_epoch / args.accumulate)
     return dict.fromkeys(args.trained, optimizer_of(args.trained, updates))
-
-
-def make_log(args, model, run, regularizers):
-    terms = [f"{task} {name}" for name, term in regularizers.items() for task in term.kinds]
-    return StepLog(run, args.trained, terms, model.device)
-
-
-def progress_bar(schedule, epoch, first, epochs):
-    """The steps of an epoch from step `first` on, under a bar."""
-    return tqdm(schedule.epoch(epoch, first), desc=f"epoch {epoch + 1}/{epochs}", initial=first,
-                total=schedule.steps_per_epoch, unit="step", leave=False,
-                disable=rank_and_world()[0] > 0)
 
 
 def end_epoch(args, model, data, run, state, encoder_folder, global_step):

@@ -51,40 +51,63 @@ class AdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if parameter.grad.is_sparse:
-                    raise ValueError("a sparse gradient: let autograd add it into a dense .grad, "
-                                     "as with pcgrad.py's buffer")
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = 0
-                    for moment in ("exp_avg", "exp_avg_sq"):  # m, v
-                        state[moment] = torch.zeros_like(
-                            parameter, memory_format=torch.contiguous_format)
-                state["step"] += 1
-                adamw(parameter, parameter.grad, state, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                self._count(parameter)
+            # chunk by chunk on a CPU; a GPU wants few launches, so all parameters at once there
+            if parameters and parameters[0].device.type == "cpu":
+                for parameter in parameters:
+                    for tensors in self._chunks(parameter):
+                        adamw([tensors], [self.state[parameter]["step"]], group)
+            elif parameters:
+                states = [self.state[p] for p in parameters]
+                adamw([(p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+                       for p, state in zip(parameters, states)],
+                      [state["step"] for state in states], group)
         return loss
 
+    def _count(self, parameter):
+        """One step more, with moments of zero before the first."""
+        if parameter.grad.is_sparse:
+            raise ValueError("a sparse gradient: let autograd add it into a dense .grad, "
+                             "as with pcgrad.py's buffer")
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            for moment in ("exp_avg", "exp_avg_sq"):  # m, v
+                state[moment] = torch.zeros_like(parameter,
+                                                 memory_format=torch.contiguous_format)
+        state["step"] += 1
 
-def adamw(parameter, gradient, state, group):
-    """The formulas above on one parameter, in place."""
-    lr, (beta1, beta2), t = group["lr"], group["betas"], state["step"]
-    step_size = lr
+    def _chunks(self, parameter):
+        """(theta, g, m, v) of a parameter, piece by piece."""
+        state = self.state[parameter]
+        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        if not all(x.is_contiguous() for x in tensors):
+            return [tensors]
+        return zip(*(x.view(-1).split(CHUNK) for x in tensors))
+
+
+def adamw(tensors, steps, group):
+    """The formulas above, in place, on several tensors that differ in their t.
+
+    tensors: [(theta, g, m, v)]. steps: t of each.
+    """
+    thetas, gradients, ms, vs = map(list, zip(*tensors))
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    step_sizes = [lr] * len(steps)
     if group["correct_bias"]:
-        step_size = lr * math.sqrt(1 - beta2 ** t) / (1 - beta1 ** t)
+        step_sizes = [lr * math.sqrt(1 - beta2 ** t) / (1 - beta1 ** t) for t in steps]
 
-    # in chunks on a CPU; a GPU wants few launches instead
-    pieces = [(parameter, gradient, state["exp_avg"], state["exp_avg_sq"])]
-    if parameter.device.type == "cpu" and all(x.is_contiguous() for x in pieces[0]):
-        pieces = zip(*(x.view(-1).split(CHUNK) for x in pieces[0]))
-    for theta, g, m, v in pieces:
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        theta.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
-        if group["weight_decay"]:
-            theta.mul_(1 - lr * group["weight_decay"])
+    # torch._foreach_* are the functions of that name on a list: one launch for many tensors
+    torch._foreach_lerp_(ms, gradients, 1 - beta1)
+    torch._foreach_mul_(vs, beta2)
+    torch._foreach_addcmul_(vs, gradients, gradients, value=1 - beta2)
+    denominators = torch._foreach_sqrt(vs)
+    torch._foreach_add_(denominators, group["eps"])
+    torch._foreach_addcdiv_(thetas, ms, denominators, [-step_size for step_size in step_sizes])
+    if group["weight_decay"]:
+        torch._foreach_mul_(thetas, 1 - lr * group["weight_decay"])
 
 
 def learning_rate(peak, progress, warmup, schedule="linear"):
@@ -98,12 +121,14 @@ def learning_rate(peak, progress, warmup, schedule="linear"):
 class ScheduledAdamW:
     """What an update does with the gradients: clip their global norm, set the learning rate, step.
 
-    updates: how many there will be. clip: the largest norm, 0 for none. Biases and LayerNorm,
-    whose tensors have one dimension, do not decay.
+    updates: how many there will be. clip: the largest norm, 0 for none. scaler: a GradScaler, by
+    whose scale the losses were multiplied. Biases and LayerNorm, whose tensors have one dimension,
+    do not decay.
     """
 
     def __init__(self, parameters, updates, lr, warmup, lr_schedule="linear", weight_decay=0.0,
-                 clip=1.0):
+                 clip=1.0, scaler=None):
+        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         self.parameters, self.updates, self.done = list(parameters), updates, 0
         self.peak, self.lr, self.clip = lr, 0.0, clip
         self.warmup, self.lr_schedule = warmup, lr_schedule
@@ -112,21 +137,32 @@ class ScheduledAdamW:
             {"params": [p for p in self.parameters if p.ndim < 2]}], lr=lr)
 
     def step(self):
-        if self.clip:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        """Returns False where a gradient has overflowed in float16. Then nothing changes but the
+        scale, which is halved."""
+        self.scaler.unscale_(self.adamw)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+            if not norm.isfinite():
+                return False
+
         self.done += 1
         progress = self.done / (self.updates + 1)  # the + 1: so that no update has rate 0
         self.lr = learning_rate(self.peak, progress, self.warmup, self.lr_schedule)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr
         self.adamw.step()
+        return True
 
     def state_dict(self):
-        return {"done": self.done, "lr": self.lr, "adamw": self.adamw.state_dict()}
+        return {"done": self.done, "lr": self.lr, "adamw": self.adamw.state_dict(),
+                "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state):
         self.done, self.lr = state["done"], state["lr"]
         self.adamw.load_state_dict(state["adamw"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
 
 
 if __name__ == "__main__":

@@ -157,14 +157,16 @@ class GradientBuffer:
     without the task. surgery: None for the plain sum, "pcgrad" or "gradvac". groups: the tasks of
     each row of J, lists of names; default: one row per task under surgery, else a single row for
     the sum. scope: "vector", or "tensor" for surgery on each parameter separately (report 1's
-    reading of PCGrad).
+    reading of PCGrad). scaler: a GradScaler, by whose scale each loss is multiplied; surgery does
+    not depend on a common factor.
 
     Under torch.distributed each process computes the loss of its shard, weighted by the shard's
     share of the batch. The rows of J are summed over the processes before anything is projected;
     a row is sent while the next task computes.
     """
 
-    def __init__(self, shared, heads, surgery=None, groups=None, scope="vector"):
+    def __init__(self, shared, heads, surgery=None, groups=None, scope="vector", scaler=None):
+        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         self.shared = list(shared)
         self.heads = {task: list(own) for task, own in heads.items()}
         self.surgery = surgery
@@ -207,7 +209,7 @@ class GradientBuffer:
         self.seen.add(task)
         if loss is not None:
             self._point_at(row)
-            loss.backward()
+            self.scaler.scale(loss).backward()
 
         # a row is complete when no later task of the update adds to it
         if distributed.is_initialized() and self.to_come is not None:
@@ -219,13 +221,17 @@ class GradientBuffer:
         """Leave the update in the shared parameters' .grad. seed: for the projection order."""
         if distributed.is_initialized():
             self._receive()
-        self.gram = None
+        self.gram, self.targets_before = None, self.targets.clone()
         if len(self.J) > 1:  # a single row is the sum already
             scopes = self.J.split(self.scopes, dim=1)  # all columns, or those of each parameter
             self.gram = sum(self._combine(columns, self.targets[i], seed)
-                            for i, columns in enumerate(scopes))
+                            for i, columns in enumerate(scopes)) / self.scaler.get_scale() ** 2
         self._point_at(0)
         self.combined = True
+
+    def undo(self):
+        """After an update that was skipped: it moves no target of Vaccine, and is not measured."""
+        self.gram, self.targets = None, self.targets_before
 
     def diagnostics(self):
         """Of the last update; None where all tasks share one row."""

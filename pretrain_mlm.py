@@ -33,7 +33,7 @@ from data.download import DEFAULT_ENCODER, fetch_encoder
 from data.tasks import TASKS, Examples, data_digest, find_data_files, read_examples, task_names
 from data.tokenizer import SPECIAL, fitting_tokenizer, tokenize
 from optimizer import ScheduledAdamW
-from support.devices import autocast, get_device, process_environment
+from support.devices import autocast, get_device, make_scaler, process_environment
 from support.fast_cpu import accelerate
 from support.files import InputError
 from support.flags import Parser, number, parse_flags
@@ -77,7 +77,7 @@ def get_parser():
     add("--whole_word", action="store_true", help="mask whole words, not single word pieces")
     add("--seed", type=number(int, 0, 2 ** 63), default=11711, help="seed of all random generators")
     add("--use_gpu", action="store_true", help="train on CUDA, or on MPS of an Apple machine")
-    add("--amp", action="store_true", help="in bfloat16 (CUDA, or a CPU with avx512_bf16)")
+    add("--amp", action="store_true", help="in half precision (CUDA, or a CPU with avx512_bf16)")
     add("--out", type=Path, help="the folder to write, which must not exist yet")
     add("--resume", metavar="FOLDER", help="resume an interrupted run, with the flags it had")
     add("--save_every", type=number(float, 0), default=5.0, metavar="MINUTES",
@@ -293,9 +293,11 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder):
     epoch on the held-out text, also where none is better than the model before training."""
     batches = TaskBatches(len(text.tokens), args.batch_size, args.seed, "text")
     steps_per_epoch = args.epoch_length or batches.batches_per_pass
+    scaler = make_scaler(model.device, args.amp)
     optimizer = ScheduledAdamW(model.parameters(), args.epochs * steps_per_epoch, args.lr,
-                               args.warmup, weight_decay=args.weight_decay, clip=args.clip)
-    log = StepLog(run, ["text"], [], model.device)
+                               args.warmup, weight_decay=args.weight_decay, clip=args.clip,
+                               scaler=scaler)
+    log = StepLog(run, ["text"], {}, model.device)
     # done: steps; start, best: held-out losses before training and of the best epoch
     state = {"done": 0, "start": None, "best": None,
              "data": data_digest({"text": {"train": text, "held out": held_out}})}
@@ -320,8 +322,9 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder):
                 loss = F.cross_entropy(logits, targets)
 
                 model.zero_grad()
-                loss.backward()
-                optimizer.step()  # clips, sets the rate
+                scaler.scale(loss).backward()
+                if not optimizer.step():  # clips, sets the rate
+                    log.skipped += 1
                 log.add("text", loss, len(targets), batch)
                 log.end_step()
 

@@ -35,16 +35,15 @@ from attention import to_device  # noqa: E402
 from data.batches import collate  # noqa: E402
 from data.download import fetch_encoder  # noqa: E402
 from data.tasks import TASKS, find_data_files, task_names  # noqa: E402
-from multitask_classifier import (build, get_parser, make_log,  # noqa: E402
-                                  regularized_loss, task_loss)
+from multitask_classifier import build, get_parser, regularized_loss, task_loss  # noqa: E402
 from optimizer import AdamW, ScheduledAdamW  # noqa: E402
 from pcgrad import GradientBuffer  # noqa: E402
 from smart import Proximal, Smoothness  # noqa: E402
 from support import flags  # noqa: E402
-from support.devices import autocast, has_bfloat16  # noqa: E402
+from support.devices import autocast, half_precision  # noqa: E402
 from support.fast_cpu import Linear  # noqa: E402
 from support.files import InputError  # noqa: E402
-from support.run import exit_status  # noqa: E402
+from support.run import StepLog, exit_status  # noqa: E402
 
 WARM_UP = 2  # rounds before the first that counts
 PRODUCT = 2048  # rows and columns of the matrices whose product is the yardstick
@@ -118,7 +117,8 @@ def make_step(args, model, gradients, optimizer, regularizers=None):
     """A function of a step's batches and a seed that makes one step of
     multitask_classifier.train."""
     regularizers = regularizers or {}
-    log = make_log(args, model, None, regularizers)  # collects, as in training; is never written
+    # collects, as in training; is never written
+    log = StepLog(None, args.trained, regularizers, model.device)
 
     def step(batches, seed):
         gradients.begin([row for row, _, _ in batches])
@@ -157,7 +157,7 @@ def step_table(setup):
     """
     args, missing = setup.args, []
     precisions = ["float32", "bfloat16"]
-    if not has_bfloat16(args.device):
+    if half_precision(args.device) is None:
         precisions.remove("bfloat16")
         missing.append("bfloat16: no such arithmetic on this device")
     steps = own_steps(setup, precisions)

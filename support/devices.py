@@ -11,8 +11,8 @@ from support.files import InputError
 
 
 def get_device(use_gpu, amp):
-    """"cpu", "cuda" or "mps". Raises InputError where there is no GPU to use, or no bfloat16 for
-    --amp."""
+    """"cpu", "cuda" or "mps". Raises InputError where there is no GPU to use, or no half precision
+    for --amp."""
     device = "cpu"
     if use_gpu and torch.cuda.is_available():
         device = "cuda"
@@ -21,23 +21,36 @@ def get_device(use_gpu, amp):
     elif use_gpu:
         raise InputError("--use_gpu: torch sees neither a CUDA device nor an Apple GPU; "
                          "leave the flag out to use the CPU")
-    if amp and not has_bfloat16(device):
+    if amp and half_precision(device) is None:
         raise InputError(f"--amp: this {device} device has no bfloat16 arithmetic "
                          "(a CPU needs avx512_bf16)")
     return device
 
 
-def has_bfloat16(device):
-    """Whether the hardware computes in bfloat16, rather than emulates it."""
+def half_precision(device):
+    """The dtype of --amp: bfloat16 where the hardware computes in it rather than emulates it, or
+    else float16 on CUDA (before Ampere: a T4, for example). None where neither is fast."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
     # a private name, but the only test for a CPU that torch 2.11 has too
-    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    has_bfloat16 = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else None
 
 
 def autocast(device, amp):
-    """The context of the encoder's forward pass: bfloat16 where `amp`."""
-    return torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext()
+    """The context of the encoder's forward pass: half precision where `amp`."""
+    if not amp:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, half_precision(device.type))
+
+
+def make_scaler(device, amp):
+    """For float16, whose smallest numbers would swallow small gradients: the losses are multiplied
+    by a large factor, and the gradients divided by it before they are used. Otherwise disabled: it
+    changes nothing."""
+    enabled = amp and half_precision(device.type) is torch.float16
+    return torch.amp.GradScaler(device.type if enabled else "cpu", enabled=enabled)
 
 
 def sparse_embedding(model, device):

@@ -369,6 +369,6 @@ def check_smart(args):
     moved = max(args.smart_sigma, args.smart_steps * args.smart_step_size)
     moved = min(args.smart_eps, moved)
     if args.amp and moved < 0.01:
-        raise InputError(f"--smart with --amp: bfloat16 has three digits, and a perturbation of "
-                         f"{moved:g} would be lost in rounding; leave out --amp, or give "
+        raise InputError("--smart with --amp: half precision has three digits, and a perturbation "
+                         f"of {moved:g} would be lost in rounding; leave out --amp, or give "
                          "--smart_eps and --smart_step_size of .01 or more")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from tqdm import tqdm
 
 from support.devices import rank_and_world, sum_over_processes
 from support.files import InputError, write_atomically
@@ -181,14 +182,15 @@ class StepLog:
     Losses stay on the device until a line is written; there the host waits, once.
     """
 
-    def __init__(self, run, losses, terms, device):
+    def __init__(self, run, losses, regularizers, device):
+        terms = [f"{task} {name}" for name, term in regularizers.items() for task in term.kinds]
         self.run, self.losses, self.names, self.device = run, losses, [*losses, *terms], device
         self.clear()
 
     def clear(self):
         self.sums = {name: torch.zeros((), device=self.device) for name in self.names}
         self.counts = dict.fromkeys(self.names, 0)
-        self.tokens = self.steps = 0
+        self.tokens = self.steps = self.skipped = 0  # skipped: updates
         self.unchecked = []  # (name, loss, step, batch)
         self.diagnosed = []  # pcgrad.diagnostics of each update
         self.start = time.perf_counter()
@@ -227,6 +229,8 @@ class StepLog:
         seconds = time.perf_counter() - self.start
         fields |= {"tokens_per_second": round(tokens / seconds),
                    "steps_per_second": round(self.steps / seconds, 3)}
+        if self.skipped:
+            fields["skipped_updates"] = self.skipped
         if means:
             fields["regularizers"] = means
         if self.diagnosed:
@@ -247,6 +251,13 @@ class StepLog:
                 raise RunFailed(f"the loss of {name} is {loss} at step {at} (epoch {epoch}), "
                                 f"{batch.describe()}; the last checkpoint is intact; "
                                 "try a lower --lr, or --clip 1")
+
+
+def progress_bar(schedule, epoch, first, epochs):
+    """The steps of an epoch from step `first` on, under a bar."""
+    return tqdm(schedule.epoch(epoch, first), desc=f"epoch {epoch + 1}/{epochs}", initial=first,
+                total=schedule.steps_per_epoch, unit="step", leave=False,
+                disable=rank_and_world()[0] > 0)
 
 
 def mean_of(records):

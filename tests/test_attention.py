@@ -5,6 +5,7 @@ Dimensions as in attention.py: B sequences, L tokens in the longest, T packed to
 A attention heads, D = H / A.
 """
 import math
+from types import SimpleNamespace
 from unittest import SkipTest, mock
 
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import attention
-from attention import Packing, ProjectedAttention, flash_attention, grouped_attention
+from attention import (Packing, ProjectedAttention, flash_attention, grouped_attention,
+                       padded_attention)
 from bert import BertModel
 from data.tasks import TASKS
 from multitask_classifier import MultitaskBERT
@@ -69,56 +71,69 @@ def test_padding_has_no_weight_in_attention():
                            attention.attention(query, key, value))
 
 
-def test_packed_attention_equals_padded_masked_attention():
+def varlen_attn(query, key, value, bounds, bounds_of_keys, longest, longest_of_keys):
+    """The fused kernel on a CPU, one sequence after the other."""
+    assert bounds.dtype == bounds_of_keys.dtype == torch.int32
+    assert torch.equal(bounds, bounds_of_keys)
+    assert longest == longest_of_keys == max(bounds.diff())
+    sequences = [x.split(bounds.diff().tolist()) for x in (query, key, value)]
+    outputs = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv))
+               for qkv in zip(*sequences)]  # (A, L, D) each
+    return torch.cat([output.transpose(0, 1) for output in outputs])
+
+
+@mock.patch.object(attention, "varlen_attn", varlen_attn)
+def test_the_three_paths_equal_padded_masked_attention():
     qkv, mask = padded_problem()
     packing = Packing(mask)
-    packed = [packing.pack(x.transpose(1, 2)) for x in qkv]  # (T, A, D) each
-    ours = packing.unpack(grouped_attention(*packed, packing).flatten(1))  # (B, L, A * D)
-
     # what padded attention gives for queries that are padding has no counterpart
     real = mask[..., None]
-    weights = torch.randn(ours.shape) * real
     references = (attention.attention(*qkv, mask),
                   F.scaled_dot_product_attention(*qkv, attn_mask=mask[:, None, None]))
-    for reference in references:
-        expected = reference.transpose(1, 2).flatten(2)
-        assert (ours - expected * real).abs().max() < 1e-5
-        assert largest_difference(gradients_of(ours, weights, qkv),
-                                  gradients_of(expected, weights, qkv)) < 1e-5
+    for attend in (grouped_attention, padded_attention, flash_attention):
+        packed = [packing.pack(x.transpose(1, 2)) for x in qkv]  # (T, A, D) each
+        ours = packing.unpack(attend(*packed, packing).flatten(1))  # (B, L, A * D)
+        weights = torch.randn(ours.shape) * real
+        for reference in references:
+            expected = reference.transpose(1, 2).flatten(2)
+            assert (ours - expected * real).abs().max() < 1e-5
+            assert largest_difference(gradients_of(ours, weights, qkv),
+                                      gradients_of(expected, weights, qkv)) < 1e-5
 
 
-def test_flash_attention_passes_the_right_bounds():
-    """On a CPU the fused kernel is replaced by one that follows cu_seqlens, one sequence after the
-    other."""
-    def kernel(query, key, value, bounds, bounds_of_keys, longest, longest_of_keys):
-        assert bounds.dtype == bounds_of_keys.dtype == torch.int32
-        assert torch.equal(bounds, bounds_of_keys)
-        assert longest == longest_of_keys == max(bounds.diff())
-        sequences = [x.split(bounds.diff().tolist()) for x in (query, key, value)]
-        outputs = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv))
-                   for qkv in zip(*sequences)]  # (A, L, D) each
-        return torch.cat([output.transpose(0, 1) for output in outputs])
+def test_the_path_depends_on_device_and_precision():
+    def query(device, dtype, D):
+        """All that the choice looks at."""
+        return SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda", dtype=dtype,
+                               size=lambda dim: D)
 
-    packing = Packing(random_batch(TINY, [5, 2, 9, 5, 1])[1])
-    qkv = torch.randn(3, 32, 4, 8)  # 22 real tokens and 10 that fill T up
-    with mock.patch.object(attention, "varlen_attn", kernel):
-        flash = flash_attention(*qkv, packing)
-    assert (flash - grouped_attention(*qkv, packing)).abs().max() < 1e-5
+    for device, dtype, D, capability, path in (
+            ("cpu", torch.float32, 32, None, grouped_attention),
+            ("cpu", torch.bfloat16, 32, None, grouped_attention),
+            ("mps", torch.float32, 32, None, padded_attention),
+            ("cuda", torch.float32, 32, (9, 0), padded_attention),
+            ("cuda", torch.float16, 64, (7, 5), padded_attention),  # T4
+            ("cuda", torch.float16, 64, (8, 0), flash_attention),
+            ("cuda", torch.bfloat16, 32, (8, 6), flash_attention),
+            ("cuda", torch.bfloat16, 17, (8, 6), padded_attention)):  # PAL's heads
+        with mock.patch("torch.cuda.get_device_capability", lambda device: capability):
+            assert attention.fastest_attention(query(device, dtype, D)) is path, (device, dtype, D)
 
 
-def test_flash_attention_on_cuda():
+def test_the_paths_agree_on_cuda():
     if not torch.cuda.is_available():
         raise SkipTest("no CUDA device")
     packing = Packing(random_batch(TINY, [50, 2, 9, 31, 128])[1], "cuda")
     qkv = torch.randn(3, 224, 12, 32, device="cuda", dtype=torch.bfloat16).requires_grad_()
     assert attention.has_flash(qkv[0])
     results = []
-    for attend in (flash_attention, grouped_attention):
+    for attend in (flash_attention, grouped_attention, padded_attention):
         query, key, value = qkv
         output = attend(query, key, value, packing)
         results.append((output, *torch.autograd.grad(output.float().square().sum(), query)))
-    for flash, grouped in zip(*results, strict=True):
-        assert (flash - grouped).float().norm() < 0.02 * grouped.float().norm()
+    for flash, grouped, padded in zip(*results, strict=True):
+        for other in (flash, padded):
+            assert (other - grouped).float().norm() < 0.02 * grouped.float().norm()
 
 
 def test_attention_is_float32_under_autocast():

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 
-from optimizer import CHUNK, AdamW, ScheduledAdamW, learning_rate
+from optimizer import CHUNK, AdamW, ScheduledAdamW, adamw, learning_rate
 from tests.helpers import raises
 
 
@@ -47,6 +47,21 @@ def test_adamw_takes_settings_other_than_the_defaults():
         a = 0.1 * math.sqrt(1 - 0.75 ** t) / (1 - 0.5 ** t)
         theta = theta - a * m / (v.sqrt() + 0.01)
     assert (parameter - theta).abs().max() < 1e-12
+
+
+def test_many_tensors_at_once_move_as_one_by_one():
+    """What a GPU does: `adamw` on a list, whose tensors may have made different numbers of steps.
+    """
+    group = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1,
+             "correct_bias": True}
+    tensors = [[torch.randn(shape) for _ in range(3)] + [torch.rand(shape)]
+               for shape in ((5,), (2, 3), (4, 1, 2))]
+    alone = [[x.clone() for x in each] for each in tensors]
+    adamw(tensors, [1, 7, 300], group)
+    for each, t in zip(alone, (1, 7, 300)):
+        adamw([each], [t], group)
+    for together, single in zip(tensors, alone):
+        assert all(torch.equal(a, b) for a, b in zip(together, single))
 
 
 def test_adamw_works_in_chunks():

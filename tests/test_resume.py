@@ -495,7 +495,7 @@ def test_saving_is_due_after_minutes():
 def test_a_step_line_has_means_over_examples_and_speed_per_second():
     now, of_run = [100.0], mock.Mock()
     with mock.patch.object(time, "perf_counter", lambda: now[0]):
-        log = StepLog(of_run, ["sst", "para"], ["sst smart"], "cpu")
+        log = StepLog(of_run, ["sst", "para"], {"smart": SimpleNamespace(kinds=["sst"])}, "cpu")
 
         def add(task, loss, examples, tokens):
             batch = SimpleNamespace(attention_mask=torch.ones(tokens))

@@ -15,7 +15,7 @@ from data.batches import collate
 from data.tasks import find_data_files
 from optimizer import AdamW
 from support import flags
-from support.run import read_metrics
+from support.run import StepLog, read_metrics
 from tests.helpers import (KINDS, PROJECT, raises, run, same, three_task_model, trained,
                            without_curves, workspace)
 
@@ -480,7 +480,7 @@ def test_regularizers_are_added_to_the_loss():
 
     terms = {"smart": constant("smart", 3.0), "proximal": constant("proximal", 5.0)}
     log_file = mock.Mock()
-    log = multitask_classifier.make_log(args, model, log_file, terms)
+    log = StepLog(log_file, args.trained, terms, model.device)
     for task, names, added in (("sst", ["smart", "proximal"], 8), ("para", ["proximal"], 5),
                                ("sts", ["smart", "proximal"], 8)):
         batch = collate(data[task]["train"], np.arange(6))
