@@ -39,15 +39,15 @@ from smart import Proximal, Smoothness
 from support import flags
 from support.devices import (autocast, fetch_encoder_once, join_processes, make_scaler,
                              rank_and_world, sparse_embedding)
-from support.evaluation import (confusion_lines, encode_once, evaluate, evaluation_line,
-                                gradient_lines, output_paths, predict, selection_score,
+from support.evaluation import (best_lines, confusion_lines, encode_once, evaluate, output_paths,
+                                predict, scores_header, scores_line, selection_score,
                                 to_predictions, write_errors, write_predictions)
 from support.fast_cpu import accelerate
 from support.files import InputError
 from support.flags import SST_LOSSES, number, per_task
 from support.plots import plot_curves
-from support.run import (Interruption, Run, StepLog, check_weights, exit_status, mean_of,
-                         null_stream, progress_bar, read_metrics, restoring)
+from support.run import (Interruption, Run, StepLog, check_weights, exit_status,
+                         null_stream, progress_bar, restoring)
 from support.weights import read_checkpoint, to_float
 
 HERE = Path(__file__).resolve().parent
@@ -538,16 +538,11 @@ def end_epoch(args, model, data, run, state, encoder_folder, global_step):
     state["epoch"], state["step"] = state["epoch"] + 1, 0
     if improved:
         state["best"] = {"epoch": state["epoch"], **scores}
-    print(f"epoch {state['epoch']}/{args.epochs}  {evaluation_line(scores)}"
-          f"{'  best so far, saved' if improved else ''}", flush=True)
+    print(f"{scores_line(state['epoch'], args.epochs, scores)}"
+          f"{'  best, saved' if improved else ''}", flush=True)
     run.log("evaluation", epoch=state["epoch"], step=global_step, **scores)
 
     if run.writes:
-        lines = [line["gradients"] for line in read_metrics(run.folder, "step")
-                 if line["epoch"] == state["epoch"] and "gradients" in line]
-        measured = [line for line in lines for _ in range(line["updates"])]  # each update counts
-        if measured:
-            print(f"           {gradient_lines(mean_of(measured))}", flush=True)
         if improved:
             model.save(run.folder, encoder_folder)
         plot_curves(run.folder)
@@ -612,6 +607,7 @@ def train_and_predict(args, rank):
                         args.epochs, args.upsample)
     folder = HERE / "runs" / args.name
     run = Run(folder, vars(args), args.resume, writes=rank == 0)
+    print(scores_header(data), flush=True)
     best = train(args, model, data, schedule, run, encoder_folder)
     if distributed.is_initialized():
         distributed.barrier()  # the first process has written the best epoch
@@ -632,8 +628,7 @@ def train_and_predict(args, rank):
         print(confusion_lines(dev.task, predictions, dev.labels))
     left = ["encoder", "heads", "metrics.jsonl", "curves.png", "errors.csv"]
     left += ["predictions/"] if (folder / "predictions").is_dir() else []
-    print(f"best epoch {best['epoch']}: {evaluation_line(best)}\n"
-          f"{os.path.relpath(folder)}: {', '.join(left)}")
+    print(f"{best_lines(best, data)}\n{os.path.relpath(folder)}: {', '.join(left)}")
 
 
 def build(args, paths, encoder_folder):

@@ -41,6 +41,11 @@ class Task:
     kind: str
     max_label: int | None  # labels are 0..max_label; None: read from the file
     header: str  # of the course's submission file
+    label_names: tuple = ()  # of a classification, for people; () where they have numbers alone
+
+    @property
+    def class_names(self):
+        return self.label_names or tuple(str(i) for i in range(self.max_label + 1))
 
     @property
     def is_pair(self):
@@ -56,11 +61,12 @@ class Task:
 
 PAIR = ("sentence1", "sentence2")
 TASKS = {task.name: task for task in (
-    Task("sst", "ids-sst", ("sentence",), "sentiment", "classification", 4, "Predicted_Sentiment"),
+    Task("sst", "ids-sst", ("sentence",), "sentiment", "classification", 4, "Predicted_Sentiment",
+         ("very negative", "negative", "neutral", "positive", "very positive")),
     Task("para", "quora", PAIR, "is_duplicate", "binary", 1, "Predicted_Is_Paraphrase"),
     Task("sts", "sts", PAIR, "similarity", "regression", 5, "Predicted_Similiary"),  # the course's
     Task("cfimdb", "ids-cfimdb", ("sentence",), "sentiment", "classification", 1,
-         "Predicted_Sentiment"),
+         "Predicted_Sentiment", ("negative", "positive")),
 )}
 MAX_CLASSES = 1000  # of an auxiliary task
 

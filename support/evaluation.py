@@ -152,31 +152,50 @@ def selection_score(scores, trained):
 
 # ---------------------------------------------------------------- what is printed and written
 
-def evaluation_line(scores):
-    parts = ["dev"]
-    for task, dev in scores["dev"].items():
-        f1 = scores["f1"].get(task, {})
-        notes = [f"{name} {f1[key]:.3f}" for key, name in (("macro", "macro F1"),
-                                                           ("positive", "F1")) if key in f1]
-        notes.append(f"train {scores['train'][task]:.3f}")
-        parts.append(f"{task} {dev:.3f} ({', '.join(notes)})")
-    parts += [f"{name} {value:.3f}" for name, value in overall(scores["dev"]).items()]
-    return "  ".join(parts)
+def scores_header(data):
+    """Two lines over the columns of `scores_line`. data: {task: {split: Examples}}."""
+    names = "".join(f"{name[:13]:>14}" for name in data)
+    columns = "".join(f"{'dev':>7}{'train':>7}" if "dev" in splits else f"{'train':>14}"
+                      for splits in data.values())
+    lines = [f"{'':7}{names}", f"{'epoch':>7}{columns}"]
+    if {"sst", "para", "sts"} <= data.keys():
+        lines = [f"{lines[0]}{'overall':>16}", f"{lines[1]}{'2023':>8}{'2024':>8}"]
+    return "\n".join(lines)
 
 
-def gradient_lines(mean):
-    """mean: of pcgrad.diagnostics."""
-    pairs = [f"{pair} cosine {cosine:.3f}, in conflict {mean['conflict'][pair]:.0%}, "
-             f"magnitude similarity {mean['magnitude_similarity'][pair]:.2f}"
-             for pair, cosine in mean["cosine"].items()]
-    return "gradients  " + ("\n" + " " * 22).join(pairs)
+def scores_line(epoch, epochs, scores):
+    """Scores of an epoch on dev and on the train sample, and the overall scores on dev."""
+    line = f"{f'{epoch}/{epochs}':>7}"
+    for task, on_train in scores["train"].items():
+        if task in scores["dev"]:
+            line += f"{scores['dev'][task]:7.3f}{on_train:7.3f}"
+        else:
+            line += f"{on_train:14.3f}"
+    return line + "".join(f"{value:8.3f}" for value in overall(scores["dev"]).values())
+
+
+def best_lines(best, data):
+    """The scores of the best epoch on dev, one task per line, with what they are."""
+    lines = [f"best epoch: {best['epoch']}"]
+    for task, value in best["dev"].items():
+        is_regression = data[task]["dev"].task.kind == "regression"
+        notes = ["Pearson r" if is_regression else "accuracy"]
+        f1 = best["f1"].get(task, {})
+        notes += [f"{name} {f1[key]:.3f}" for key, name in (("macro", "macro F1"),
+                                                            ("positive", "F1")) if key in f1]
+        lines.append(f"  {task:8} {value:.3f}  {', '.join(notes)}")
+    lines += [f"  {name:12} {value:.3f}" for name, value in overall(best["dev"]).items()]
+    return "\n".join(lines)
 
 
 def confusion_lines(task, predictions, labels):
-    lines = [f"{task.name}: examples of each label (rows) by predicted label "
-             f"(columns, 0..{task.max_label})"]
-    for label, counts in enumerate(confusion_matrix(task, predictions, labels)):
-        lines.append(f"  label {label}  " + " ".join(f"{count:5d}" for count in counts))
+    """The confusion matrix: a line per label, a column per predicted label."""
+    names = task.class_names
+    width = max(map(len, names)) + 2
+    lines = [f"{task.name} dev, examples of each label (line) by predicted label (column)",
+             " " * width + "".join(f"{name:>{width}}" for name in names)]
+    for name, counts in zip(names, confusion_matrix(task, predictions, labels)):
+        lines.append(f"{name:>{width}}" + "".join(f"{count:{width}d}" for count in counts))
     return "\n".join(lines)
 
 

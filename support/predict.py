@@ -25,9 +25,6 @@ from support.files import InputError  # noqa: E402
 from support.flags import Parser, is_text  # noqa: E402
 from support.run import exit_status  # noqa: E402
 
-LABELS = {"sst": "sentiment, very negative to very positive",
-          "para": "probability that they mean the same", "sts": "similarity, 0 to 5"}
-
 
 # ---------------------------------------------------------------- rows of sentences
 
@@ -104,8 +101,8 @@ def read_input(path):
 def predict_sentences(model, rows, where=index_in_list):
     """What a model predicts for rows of one or two sentences: a dict {task: prediction} per row.
 
-    model: of MultitaskBERT.load. Tasks of one sentence (sst, cfimdb, auxiliary): the probabilities
-    of the classes, of the first sentence. para: the probability that the two mean the same; sts:
+    model: of MultitaskBERT.load. Tasks of one sentence (sst, cfimdb, auxiliary): {class: its
+    probability}, of the first sentence. para: the probability that the two mean the same; sts:
     their similarity, 0 to 5. Raises InputError, which names the row, as `check_rows` does, and for
     a single sentence where the model has tasks of pairs alone.
     """
@@ -134,18 +131,28 @@ def predict_sentences(model, rows, where=index_in_list):
         else:
             values = outputs[:, 0].clip(0, task.max_label)
         for i, value in zip(fitting, values.astype(float).round(4).tolist()):
+            if task.kind == "classification":
+                value = dict(zip(task.class_names, value))
             predictions[i][name] = value
     return predictions
 
 
 def describe(row, prediction):
-    """For a reader: the sentences, and a line per task."""
+    """For a reader: the sentences, and a line per class, probability or similarity, with a bar."""
     lines = ["  |  ".join(row)]
     for name, value in prediction.items():
-        values = value if isinstance(value, list) else [value]
-        label = LABELS.get(name, f"{name}, class 0 and on")
-        lines.append(f"  {label}: " + " ".join(f"{p:.3f}" for p in values))
+        if isinstance(value, dict):
+            lines += [f"  {name:8} {label:16} {bar(p)} {p:.3f}" for label, p in value.items()]
+        elif name == "para":
+            lines.append(f"  {name:8} {'same meaning':16} {bar(value)} {value:.3f}")
+        else:
+            lines.append(f"  {name:8} {'similarity':16} {bar(value / 5)} {value:.2f} of 5")
     return "\n".join(lines)
+
+
+def bar(share):
+    """20 characters for a number between 0 and 1."""
+    return ("#" * round(20 * share)).ljust(20, ".")
 
 
 # ---------------------------------------------------------------- the command

@@ -192,8 +192,29 @@ def test_dev_scores_are_those_of_all_dev_examples():
     assert abs(scores["f1"]["sst"]["1"] - f1["sst"]) < 1e-9
     assert set(scores["f1"]) == {"sst", "para"}
 
-    line = evaluation.evaluation_line({**scores, "dev": {"para": 0.25}})
-    assert line == f"dev  para 0.250 (F1 {f1['para']:.3f}, train 1.000)", line
+
+
+def test_the_printed_lines_hold_the_scores_below_their_names():
+    data = sampled_data()
+    data["a task of a long name"] = data.pop("aux")
+    scores = {"dev": {"sst": 0.125, "para": 0.25, "sts": -0.5},
+              "train": {"sst": 0.5, "para": 0.625, "sts": 0.75, "a task of a long name": 0.875},
+              "f1": {"sst": {"macro": 0.1}, "para": {"positive": 0.2}}}
+    names, header = evaluation.scores_header(data).splitlines()
+    line = evaluation.scores_line(3, 10, scores)
+    assert names.split() == ["sst", "para", "sts", "a", "task", "of", "a", "l", "overall"]
+    assert header.split() == ["epoch", *["dev", "train"] * 3, "train", "2023", "2024"]
+    assert line.split() == ["3/10", "0.125", "0.500", "0.250", "0.625", "-0.500", "0.750", "0.875",
+                            "-0.042", "0.208"]
+    # columns end where their headings do
+    ends = [[word.end() for word in re.finditer(r"\S+", text)] for text in (header, line)]
+    assert ends[0] == ends[1] and len(line) < 90
+
+    best = evaluation.best_lines({"epoch": 3, **scores}, data).splitlines()
+    assert [text.split() for text in best] == [
+        ["best", "epoch:", "3"], ["sst", "0.125", "accuracy,", "macro", "F1", "0.100"],
+        ["para", "0.250", "accuracy,", "F1", "0.200"], ["sts", "-0.500", "Pearson", "r"],
+        ["overall_2023", "-0.042"], ["overall_2024", "0.208"]]
 
 
 # ---------------------------------------------------------------- errors.csv
@@ -231,10 +252,13 @@ def test_errors_and_confusion_matrix_are_of_the_dev_sets():
         wrong = round(8 * (1 - best["dev"][task]))
         assert sum(row["task"] == task for row in rows) == wrong
 
-    # a row of the matrix for each label, with the dev set's counts
-    assert "examples of each label (rows) by predicted label" in printed, printed
-    matrix = [[int(n) for n in row.split()]
-              for row in re.findall(r"label \d ((?: +\d+)+)", printed)]
+    # a line of the matrix for each label, with the dev set's counts
+    assert "examples of each label (line) by predicted label (column)" in printed, printed
+    lines = printed.split("sst dev, examples")[1].splitlines()
+    assert re.split("  +", lines[1].strip()) == list(TASKS["sst"].label_names)
+    for name, line in zip(TASKS["sst"].label_names, lines[2:], strict=False):
+        assert line.strip().startswith(name)
+    matrix = [[int(n) for n in re.findall(r"\d+", line)] for line in lines[2:7]]
     labels = dev_examples("sst").labels.astype(int)
     assert np.sum(matrix, axis=1).tolist() == np.bincount(labels, minlength=5).tolist()
     assert np.trace(matrix) == round(8 * best["dev"]["sst"])
@@ -289,7 +313,8 @@ def test_a_run_leaves_what_it_promises():
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["step", "evaluation"] * 2
     best = max(lines[1::2], key=lambda line: line["overall_2023"])
-    assert f"best epoch {best['epoch']}:" in printed
+    assert f"best epoch: {best['epoch']}\n" in printed
+    assert max(map(len, printed.splitlines())) <= 100 + len(str(folder)), printed
 
     model, tokenizer = MultitaskBERT.load(folder), load_tokenizer(folder)
     for task in KINDS:

@@ -56,7 +56,9 @@ def test_a_row_has_the_predictions_of_the_tasks_that_it_fits():
     predictions = predict.predict_sentences(model, rows)
     assert [sorted(prediction) for prediction in predictions] == [
         ["sst"], ["para", "sst", "sts"], ["sst"], ["sst"]]
-    assert all(abs(sum(prediction["sst"]) - 1) < 1e-3 for prediction in predictions)
+    assert all(abs(sum(prediction["sst"].values()) - 1) < 1e-3 for prediction in predictions)
+    assert list(predictions[0]["sst"]) == ["very negative", "negative", "neutral", "positive",
+                                           "very positive"]
     assert predictions[0]["sst"] == predictions[1]["sst"], "of the first sentence"
     assert 0 <= predictions[1]["para"] <= 1 and 0 <= predictions[1]["sts"] <= 5
     assert predict.predict_sentences(model, []) == []
@@ -85,10 +87,20 @@ def test_predictions_are_the_models_outputs():
             batch = collate(tokenize(examples, model.tokenizer, 64, cross=True), np.arange(1))
             logits[task] = model.logits(task, batch)[0].detach()
         classes = logits["sst"].softmax(dim=-1).numpy()
-        assert np.abs(np.array(found["sst"]) - classes).max() < 1e-4
+        assert np.abs(np.array(list(found["sst"].values())) - classes).max() < 1e-4
         assert abs(found["para"] - logits["para"].sigmoid()) < 1e-4 < abs(found["para"] - 0.5)
         similarity = logits["sts"] if clipped is None else clipped
         assert abs(found["sts"] - similarity) < 1e-4
+
+
+def test_a_reader_gets_words_numbers_and_bars():
+    prediction = {"sst": {"negative": 0.25, "positive": 0.75}, "para": 0.5, "sts": 4.0}
+    assert predict.describe(("One.", "Two."), prediction).splitlines() == [
+        "One.  |  Two.",
+        "  sst      negative         #####............... 0.250",
+        "  sst      positive         ###############..... 0.750",
+        "  para     same meaning     ##########.......... 0.500",
+        "  sts      similarity       ################.... 4.00 of 5"]
 
 
 def test_command_line_file_and_standard_input_give_the_same_predictions():
@@ -247,7 +259,7 @@ def test_predictions_can_be_printed_to_any_stream():
         assert json.loads(out.decode("ascii")) == {"text": [FIRST, SECOND], **prediction}
 
         status, out, _ = printed_in(encoding, predict.main, folder, SECOND, terminal=True)
-        assert status == 0 and b"A loud film" in out and b"sentiment" in out
+        assert status == 0 and b"A loud film" in out and b"very negative" in out
         status, _, err = printed_in(encoding, predict.main, folder, "caf\udce9 \u2603")
         assert status == 2 and b"is not valid text" in err and err.count(b"\n") == 1
 
