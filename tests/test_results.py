@@ -241,9 +241,11 @@ def test_each_record_was_made_by_the_command_of_its_system():
 # ---------------------------------------------------------------- tables
 
 def test_the_pages_have_the_tables_that_the_records_give():
-    for name, tables in (("systems", script("systems/tables").all_tables()),
-                         ("search", script("search/search").tables())):
-        page = (RESULTS / name / "README.md").read_text(encoding="utf-8")
+    systems, search = script("systems/tables"), script("search/search")
+    for name, tables in ((".", {"scores": systems.front_table(systems.read_all())}),
+                         ("results/systems", systems.all_tables()),
+                         ("results/search", search.tables())):
+        page = (PROJECT / name / "README.md").read_text(encoding="utf-8")
         for marker, lines in tables.items():
             assert "\n".join([f"<!-- {marker} -->", *lines, ""]) in page, (name, marker)
 
