@@ -14,7 +14,6 @@ tokens in the longest, H hidden size, C outputs of a task.
 """
 import argparse
 import contextlib
-import json
 import math
 import os
 import sys
@@ -47,8 +46,7 @@ from support.files import InputError
 from support.flags import SST_LOSSES, number, per_task
 from support.plots import plot_curves
 from support.run import (Interruption, Run, StepLog, check_weights, exit_status,
-                         null_stream, progress_bar, restoring)
-from support.weights import read_checkpoint, to_float
+                         not_a_run, null_stream, progress_bar, read_run, restoring)
 
 HERE = Path(__file__).resolve().parent
 MODEL_WITH_PAL = "bert_with_pal"  # model_type in config.json: the encoder is not the whole model
@@ -371,24 +369,6 @@ class MultitaskBERT(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise not_a_run(folder, error) from error
         return model.eval()
-
-
-def read_run(folder):
-    """(flags, tensors beside the encoder's) of a run. Raises InputError where it is not a run."""
-    try:
-        args = dict(json.loads((Path(folder) / "args.json").read_text(encoding="utf-8")))
-        names = {"trained", "score_also", "pair_head", "pal"}
-        if not names <= args.keys() or not isinstance(args["pair_head"], dict):
-            raise ValueError("its args.json is not of this script")
-    except (OSError, ValueError, TypeError) as error:
-        raise not_a_run(folder, error) from error
-    path, tensors = read_checkpoint(folder)
-    return args, {name: to_float(path, name, tensor) for name, tensor in tensors.items()
-                  if name.startswith(("heads.", "pal."))}
-
-
-def not_a_run(folder, error):
-    return InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})")
 
 
 def encoder_of_run(folder, args, tensors):  # args, tensors: of read_run

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from support.devices import rank_and_world, sum_over_processes
 from support.files import InputError, write_atomically
+from support.weights import read_checkpoint, to_float
 
 
 class RunFailed(RuntimeError):
@@ -171,6 +172,24 @@ class Interruption:
     def __exit__(self, *_):
         if self.mine:
             signal.signal(signal.SIGINT, self.before)
+
+
+def read_run(folder):
+    """(flags, tensors beside the encoder's) of a run. Raises InputError where it is not a run."""
+    try:
+        args = dict(json.loads((Path(folder) / "args.json").read_text(encoding="utf-8")))
+        names = {"trained", "score_also", "pair_head", "pal"}
+        if not names <= args.keys() or not isinstance(args["pair_head"], dict):
+            raise ValueError("its args.json is not of this script")
+    except (OSError, ValueError, TypeError) as error:
+        raise not_a_run(folder, error) from error
+    path, tensors = read_checkpoint(folder)
+    return args, {name: to_float(path, name, tensor) for name, tensor in tensors.items()
+                  if name.startswith(("heads.", "pal."))}
+
+
+def not_a_run(folder, error):
+    return InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})")
 
 
 # ---------------------------------------------------------------- metrics
