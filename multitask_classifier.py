@@ -303,7 +303,7 @@ class MultitaskBERT(nn.Module):
     def logits(self, task, batch, perturbation=None):
         """The handout's predict_sentiment, predict_paraphrase and predict_similarity. -> (B, C)"""
         if batch.pooled is not None:
-            return self.heads[task](batch.pooled)
+            return self.heads[task](to_device(batch.pooled, self.device))
         pal = self.pal[task] if task in self.pal else None
         return self.heads[task](self(batch.input_ids, batch.attention_mask, batch.token_type_ids,
                                      perturbation, pal))

@@ -64,8 +64,6 @@ def pcgrad(gradients, seed):
 
 def gram_matrix(J):
     """G = J J^T, as float64 on the CPU. (K, P) -> (K, K)."""
-    if J.device.type != "cpu":
-        return gram_matrix_on_gpu(J)
     gram = torch.zeros(len(J), len(J), dtype=torch.float64)
     for block in J.split(BLOCK, dim=1):
         for i in range(len(J)):
@@ -74,10 +72,12 @@ def gram_matrix(J):
     return gram + gram.tril(-1).T
 
 
-def gram_matrix_on_gpu(J):
-    """The same with one product per block and one copy to the host: a GPU wants few launches."""
-    blocks = torch.stack([block @ block.T for block in J.split(BLOCK, dim=1)])
-    return blocks.cpu().double().sum(dim=0)
+def gram_matrices_on_gpu(scopes):
+    """The same of each scope, some columns of J, with one product per block and one copy to the
+    host for all: a GPU wants few launches and waits. [(K, P)] -> [(K, K)]."""
+    blocks = [columns.split(BLOCK, dim=1) for columns in scopes]
+    products = torch.stack([block @ block.T for of_scope in blocks for block in of_scope])
+    return [gram.sum(dim=0) for gram in products.cpu().double().split([*map(len, blocks)])]
 
 
 def pcgrad_weights(gram, seed):
@@ -224,8 +224,13 @@ class GradientBuffer:
         self.gram, self.targets_before = None, self.targets.clone()
         if len(self.J) > 1:  # a single row is the sum already
             scopes = self.J.split(self.scopes, dim=1)  # all columns, or those of each parameter
-            self.gram = sum(self._combine(columns, self.targets[i], seed)
-                            for i, columns in enumerate(scopes)) / self.scaler.get_scale() ** 2
+            if self.J.device.type == "cpu":
+                grams = [gram_matrix(columns) for columns in scopes]
+            else:
+                grams = gram_matrices_on_gpu(scopes)
+            self.gram = sum(grams) / self.scaler.get_scale() ** 2
+            for columns, gram, targets in zip(scopes, grams, self.targets):
+                self._combine(columns, gram, targets, seed)
         self._point_at(0)
         self.combined = True
 
@@ -239,9 +244,8 @@ class GradientBuffer:
             return None
         return diagnostics(self.gram, ["+".join(group) for group in self.groups])
 
-    def _combine(self, columns, targets, seed):
-        """Leave the weighted sum of the rows, (1^T W) J, in row 0. Returns their Gram matrix."""
-        gram = gram_matrix(columns)
+    def _combine(self, columns, gram, targets, seed):
+        """Leave the weighted sum of the rows, (1^T W) J, in row 0. gram: their Gram matrix."""
         W = torch.eye(len(gram))  # without surgery: the plain sum
         if self.surgery == "pcgrad":
             W = pcgrad_weights(gram, seed)
@@ -253,7 +257,6 @@ class GradientBuffer:
         columns[0].mul_(coefficients[0])
         for row, coefficient in zip(columns[1:], coefficients[1:]):
             columns[0].add_(row, alpha=coefficient)
-        return gram
 
     def _point_at(self, row):
         for parameter, view in zip(self.shared, self.views[row]):

@@ -130,11 +130,18 @@ class MaskedLM(nn.Module):
             hidden_states = self.bert.embed(ids, types, packing.positions)
             hidden_states = self.bert.encode_packed(hidden_states, packing)  # (T, H)
 
-            # the head, at the chosen positions alone; its decoder is the word embedding itself
-            chosen = packing.pack(chosen)  # (T,)
-            hidden_states = self.layer_norm(F.gelu(self.dense(hidden_states[chosen])))  # (N, H)
+            # the chosen positions, in packed order. Their number is known on the host, so a sort
+            # finds them without a wait for the GPU, which hidden_states[boolean mask] would be
+            order = packing.pack(chosen.int()).argsort(descending=True, stable=True)  # (T,)
+            chosen = order[:int(chosen.sum())]  # (N,)
+
+            # the head, on these alone; its decoder is the word embedding itself
+            hidden_states = hidden_states.index_select(0, chosen)
+            hidden_states = self.layer_norm(F.gelu(self.dense(hidden_states)))  # (N, H)
             logits = F.linear(hidden_states, self.bert.word_embedding.weight, self.bias)
-        return logits.float(), None if targets is None else packing.pack(targets)[chosen]
+        if targets is not None:
+            targets = packing.pack(targets).index_select(0, chosen)
+        return logits.float(), targets
 
     @classmethod
     def from_pretrained(cls, folder, amp=False):
@@ -274,14 +281,14 @@ def predict_masked(model, batch, vocabulary, whole_word, seed):
 def evaluate(model, held_out, vocabulary, args):
     """The mean loss over the chosen tokens of the held-out text, the same in every call."""
     model.eval()
-    total = count = 0
+    sums, count = [], 0
     for i, batch in enumerate(evaluation_batches(held_out, np.arange(len(held_out.tokens)))):
         seed = seed_of(args.seed, "held-out masks", i)
         logits, targets = predict_masked(model, batch, vocabulary, args.whole_word, seed)
-        total += float(F.cross_entropy(logits, targets, reduction="sum"))
+        sums.append(F.cross_entropy(logits, targets, reduction="sum"))
         count += len(targets)
     model.train()
-    return total / count
+    return sum(torch.stack(sums).tolist()) / count
 
 
 def perplexity(loss):

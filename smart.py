@@ -32,6 +32,8 @@ import math
 
 import torch
 
+from attention import to_device
+
 
 def divergence(kind, logits, other):
     """l of the paper for each example. (B, C), (B, C) -> (B,).
@@ -80,7 +82,7 @@ class Smoothness:
         """x~ - x of algorithm 1. (S, L, H), zeros on the padding."""
         # noise, since at x itself the divergence has no slope; drawn from where the generator
         # stands after the clean pass
-        mask = batch.attention_mask.to(model.device).unsqueeze(-1)  # (S, L, 1)
+        mask = to_device(batch.attention_mask, model.device).unsqueeze(-1)  # (S, L, 1)
         shape = (*mask.shape[:2], model.bert.config.hidden_size)
         perturbation = self.sigma * torch.randn(shape, device=mask.device) * mask
 

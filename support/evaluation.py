@@ -32,9 +32,12 @@ def predict(model, task, examples, indices=None):
     training = model.training
     model.eval()
     outputs = torch.zeros(len(examples), examples.task.num_outputs, device=model.device)
+    where, found = [], []
     for batch in evaluation_batches(examples, indices[rank::world]):
-        where = torch.from_numpy(batch.indices).to(model.device)
-        outputs[where] = model.logits(task, batch).float()
+        where.append(batch.indices)
+        found.append(model.logits(task, batch).float())
+    if found:  # written once: a GPU would have to be waited for at each write
+        outputs[np.concatenate(where)] = torch.cat(found)
     model.train(training)
     return sum_over_processes(outputs).cpu().numpy()[indices]
 
@@ -51,14 +54,14 @@ def encode_once(model, data):
         for splits in data.values():
             for examples in splits.values():
                 sides = len(examples.tokens[0])
-                pooled = torch.zeros(len(examples), sides, model.bert.config.hidden_size,
-                                     device=model.device)
+                where, found = [], []
                 for batch in evaluation_batches(examples, np.arange(len(examples))):
-                    found = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-                    where = torch.from_numpy(batch.indices).to(model.device)
-                    pooled[where] = found.unflatten(0, (sides, -1)).transpose(0, 1)  # from (S, H)
+                    pooled = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+                    found.append(pooled.unflatten(0, (sides, -1)).transpose(0, 1))  # from (S, H)
+                    where.append(batch.indices)
                     bar.update(len(batch.indices))
-                examples.pooled = pooled
+                # in the order of the examples, on the CPU, where `collate` takes those of a batch
+                examples.pooled = torch.cat(found).cpu()[np.argsort(np.concatenate(where))]
 
 
 def to_predictions(task, outputs):
