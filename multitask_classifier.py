@@ -608,7 +608,7 @@ def train_and_predict(args, rank):
         print(confusion_lines(dev.task, predictions, dev.labels))
     left = ["encoder", "heads", "metrics.jsonl", "curves.png", "errors.csv"]
     left += ["predictions/"] if (folder / "predictions").is_dir() else []
-    print(f"{best_lines(best, data)}\n{os.path.relpath(folder)}: {', '.join(left)}")
+    print(f"{best_lines(best, data)}\n{os.path.relpath(folder)}\n  {', '.join(left)}")
 
 
 def build(args, paths, encoder_folder):
