@@ -143,7 +143,7 @@ def small_operations():
 
 def print_report():
     # small batches in evaluation, so that each set has several
-    with mock.patch.object(evaluation_batches, "__defaults__", (100,)):
+    with mock.patch.object(evaluation_batches, "__defaults__", (250,)):
         runs = {name: compared(name) for name in RUNS}
     print(json.dumps({"operations": small_operations(), "runs": runs,
                       "answers": largest_difference(answers("cpu"), answers("pretend"))}))
