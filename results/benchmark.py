@@ -3,7 +3,7 @@
     python results/benchmark.py --data_dir DIR               all tables
     python results/benchmark.py --only step --tasks sts --batch_size 32
 
-    step       a training step: packed, with its padding, in bfloat16, around transformers.BertModel
+    step       a training step: packed, padded, in half precision, around transformers.BertModel
     surgery    PCGrad and Gradient Vaccine over the plain sum
     smart      SMART's two terms over a plain step
     adamw      optimizer.py beside the three of torch.optim.AdamW
@@ -11,13 +11,15 @@
 
 All other flags are those of multitask_classifier.py, but --option is finetune and pairs are encoded
 as one sequence unless --pair_head says otherwise. --amp changes surgery, smart and cost; step has
-both precisions anyway, where the machine has bfloat16.
+both precisions anyway, where the machine has a half precision that is fast.
 
 A machine's speed drifts, so the variants of a table take turns: each round runs every variant once
 on the same batches. A table has the medians of the rounds. The rows that need the package
-`transformers` are left out where it is not installed.
+`transformers` are left out where it is not installed. results/speed/measure.py has a part of these
+for several sizes, and for a GPU.
 """
 import copy
+import dataclasses
 import importlib.util
 import platform
 import sys
@@ -40,13 +42,12 @@ from optimizer import AdamW, ScheduledAdamW  # noqa: E402
 from pcgrad import GradientBuffer  # noqa: E402
 from smart import Proximal, Smoothness  # noqa: E402
 from support import flags  # noqa: E402
-from support.devices import autocast, half_precision  # noqa: E402
+from support.devices import autocast, half_precision, make_scaler  # noqa: E402
 from support.fast_cpu import Linear  # noqa: E402
 from support.files import InputError  # noqa: E402
 from support.run import StepLog, exit_status  # noqa: E402
 
 WARM_UP = 2  # rounds before the first that counts
-PRODUCT = 2048  # rows and columns of the matrices whose product is the yardstick
 COPIES = (2, 4, 8)  # K of the table `cost`
 SURGERIES = {"plain sum": None, "PCGrad": "pcgrad", "Gradient Vaccine": "gradvac"}
 
@@ -56,7 +57,6 @@ class Setup:
     """What the tables share."""
     args: object  # the flags, of multitask_classifier.py
     rounds: int
-    encoder_folder: Path
     model: nn.Module
     train: dict  # {task: its training Examples}
 
@@ -103,6 +103,12 @@ def own_rows(args):
     return {task: task for task in args.trained}
 
 
+def precisions(device):
+    """The names of float32 and of the device's half precision, where it has one that is fast."""
+    half = half_precision(device)
+    return ["float32"] + ([] if half is None else [str(half).removeprefix("torch.")])
+
+
 def print_rows(median, baseline):
     """A line per variant: milliseconds, and how many times the baseline they are."""
     print(f"  {'':36} {'median':>12}  over {baseline}")
@@ -113,7 +119,13 @@ def print_rows(median, baseline):
 
 # ---------------------------------------------------------------- a training step
 
-def make_step(args, model, gradients, optimizer, regularizers=None):
+def pass_per_task(model, gradients, batches, loss_of):
+    """The passes of a step: forward and backward for each task in turn. loss_of(task, batch)"""
+    for row, task, batch in batches:
+        gradients.backward(row, loss_of(task, batch))
+
+
+def make_step(args, model, gradients, optimizer, regularizers=None, passes=pass_per_task):
     """A function of a step's batches and a seed that makes one step of
     multitask_classifier.train."""
     regularizers = regularizers or {}
@@ -122,11 +134,12 @@ def make_step(args, model, gradients, optimizer, regularizers=None):
 
     def step(batches, seed):
         gradients.begin([row for row, _, _ in batches])
-        for row, task, batch in batches:
-            gradients.backward(row, regularized_loss(model, task, batch, regularizers, log, seed))
+        passes(model, gradients, batches, lambda task, batch: regularized_loss(
+            model, task, batch, regularizers, log, seed))
         gradients.combine(seed)
-        optimizer.step()
-        if "proximal" in regularizers:
+        if not optimizer.step():  # an overflow in float16
+            gradients.undo()
+        elif "proximal" in regularizers:
             regularizers["proximal"].update(model, progress=1.0)
         log.end_step(gradients.diagnostics())
         log.clear()
@@ -152,75 +165,82 @@ def heads_of(args, model):
 def step_table(setup):
     """This project's training step, and one around transformers.BertModel.
 
-    "of product" is the share of the rate of a large matrix product in the same precision, where a
-    step counts as 6 operations per parameter of the layers and real token: 2 forward, 4 backward.
+    "of product" is the share of the rate of a large matrix product in the same precision.
     """
     args, missing = setup.args, []
-    precisions = ["float32", "bfloat16"]
-    if half_precision(args.device) is None:
-        precisions.remove("bfloat16")
-        missing.append("bfloat16: no such arithmetic on this device")
-    steps = own_steps(setup, precisions)
+    if len(precisions(args.device)) == 1:
+        missing.append("half precision: no fast one on this device")
+    steps = own_steps(args, setup.model)
+    steps["with its padding, float32"] = with_padding(steps["packed, float32"])
     if importlib.util.find_spec("transformers"):
-        for precision in precisions:
-            steps[f"transformers, {precision}"] = transformers_step(setup, precision == "bfloat16")
+        steps.update(transformers_steps(args, setup.model))
     else:
         missing.append("transformers: not installed")
 
-    # the products take their turn with the steps
     batches = random_steps(setup, own_rows(args))
-    variants = turns(steps, batches)
-    for precision in precisions:
-        variants[f"product, {precision}"] = large_product(precision, args.device)
+    variants = turns(steps, batches) | products(args.device)
     median = median_times(variants, setup.rounds, args.device)
 
-    masks = [batch.attention_mask for step in batches for _, _, batch in step]
-    tokens = sum(int(mask.sum()) for mask in masks) / len(batches)
-    padded = sum(mask.numel() for mask in masks) / len(batches)
-    weights = sum(p.numel() for p in setup.model.bert.bert_layers.parameters())
+    tokens, padded = mean_tokens(batches)
     print(f"\nstep: a training step of {examples_per_step(args)} examples, {tokens:.0f} tokens, "
           f"{tokens / padded:.0%} of the padded batches")
     print(f"  {'':36} {'median':>12}  over packed float32  of product")
     for name in steps:
-        rate = 2 * PRODUCT ** 3 / median[f"product, {name.split(', ')[1]}"]
-        share = 6 * weights * tokens / median[name] / rate
         print(f"  {name:36} {1000 * median[name]:9.1f} ms  "
-              f"{median[name] / median['packed, float32']:19.2f}  {share:10.0%}")
+              f"{median[name] / median['packed, float32']:19.2f}  "
+              f"{share_of_product(setup.model, tokens, median, name):10.0%}")
     for reason in missing:
         print(f"  left out: {reason}")
 
 
-def own_steps(setup, precisions):
-    """{name: a training step} of this project, on one model. The padded one computes the padding as
-    if it were text, by a mask of ones."""
-    args, model = setup.args, setup.model
+def own_steps(args, model, passes=None):
+    """{"packed, float32": a training step} of this project in each of the device's precisions, on
+    one model. passes: further ways to make a step's passes, {name: like pass_per_task}."""
     gradients = GradientBuffer(model.shared_parameters(), heads_of(args, model))
-    plain_step = make_step(args, model, gradients, make_optimizer(args, model))
+    optimizer = make_optimizer(args, model)
 
-    def step_in(precision):
-        def step(batches, seed):
-            model.amp = precision == "bfloat16"
-            plain_step(batches, seed)
-        return step
+    def step_in(precision, passes):
+        step = make_step(args, model, gradients, optimizer, passes=passes)
+        scaler = make_scaler(model.device, precision != "float32")
 
+        def step_in_precision(batches, seed):
+            model.amp = precision != "float32"
+            gradients.scaler = optimizer.scaler = scaler
+            step(batches, seed)
+
+        return step_in_precision
+
+    return {f"{name}, {precision}": step_in(precision, how)
+            for name, how in {"packed": pass_per_task, **(passes or {})}.items()
+            for precision in precisions(args.device)}
+
+
+def with_padding(step):
+    """The step on batches whose padding is computed as if it were text, by a mask of ones."""
     def padded_step(batches, seed):
-        model.amp = False
-        plain_step([(row, task, replace(batch, attention_mask=torch.ones_like(batch.input_ids)))
-                    for row, task, batch in batches], seed)
-
-    steps = {f"packed, {precision}": step_in(precision) for precision in precisions}
-    return {**steps, "with its padding, float32": padded_step}
+        step([(row, task, replace(batch, attention_mask=torch.ones_like(batch.input_ids)))
+              for row, task, batch in batches], seed)
+    return padded_step
 
 
-def transformers_step(setup, amp):
-    """The same step the usual way: padded batches, torch's optimizer, gradients in .grad."""
-    from transformers import BertModel as TransformersBert
+def transformers_steps(args, model):
+    """{"transformers, float32": a training step} the usual way in each precision: padded batches,
+    torch's optimizer, gradients in .grad. Of the model's shape, with random weights."""
+    import transformers
 
-    model, device = setup.model, setup.model.device
-    encoder = TransformersBert.from_pretrained(setup.encoder_folder).to(device).train()
+    config = transformers.BertConfig(**dataclasses.asdict(model.bert.config))
+    encoder = transformers.BertModel(config).to(model.device).train()
     heads = copy.deepcopy(model.heads).train()
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=1e-5)
+    return {f"transformers, {precision}": transformers_step(
+        model, encoder, heads, optimizer, precision != "float32")
+        for precision in precisions(args.device)}
+
+
+def transformers_step(model, encoder, heads, optimizer, amp):
+    """model: has the tasks, and how they are pooled."""
+    device, scaler = model.device, make_scaler(model.device, amp)
     parameters = [*encoder.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
 
     def pooled(batch):
         ids, mask, types = (to_device(x, device) for x in (
@@ -237,20 +257,50 @@ def transformers_step(setup, amp):
         optimizer.zero_grad()
         for _, task, batch in batches:
             logits, labels = heads[task](pooled(batch)), to_device(batch.labels, device)
-            task_loss(model.tasks[task], logits, labels, model.alpha.get(task)).backward()
+            loss = task_loss(model.tasks[task], logits, labels, model.alpha.get(task))
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
 
     return step
 
 
-def large_product(precision, device):
-    """A product of two square matrices, by what the encoder's linear layers call."""
-    dtype = getattr(torch, precision)
-    x = torch.randn(PRODUCT, PRODUCT, device=device, dtype=dtype)
-    linear = Linear(PRODUCT, PRODUCT, bias=False, device=device, dtype=dtype)
-    linear.requires_grad_(False)
-    return lambda i: linear(x)
+def product_size(device):
+    """Rows and columns of the matrices whose product is the yardstick: enough to keep a GPU
+    busy."""
+    return 2048 if device == "cpu" else 8192
+
+
+def products(device):
+    """{"product, float32": a function of the round's number} in each precision: a product of two
+    square matrices, by what the encoder's linear layers call."""
+    def product(dtype):
+        size = product_size(device)
+        x = torch.randn(size, size, device=device, dtype=dtype)
+        linear = Linear(size, size, bias=False, device=device, dtype=dtype)
+        linear.requires_grad_(False)
+        return lambda i: linear(x)
+
+    return {f"product, {precision}": product(getattr(torch, precision))
+            for precision in precisions(device)}
+
+
+def mean_tokens(batches):
+    """(real tokens, tokens with padding) per step."""
+    masks = [batch.attention_mask for step in batches for _, _, batch in step]
+    return (sum(int(mask.sum()) for mask in masks) / len(batches),
+            sum(mask.numel() for mask in masks) / len(batches))
+
+
+def share_of_product(model, tokens, median, name):
+    """A step's rate over that of the product in the same precision. A step counts as 6 operations
+    per parameter of the layers and real token: 2 forward, 4 backward."""
+    weights = sum(p.numel() for p in model.bert.bert_layers.parameters())
+    precision = name.split(", ")[1]
+    rate = 2 * product_size(model.device.type) ** 3 / median[f"product, {precision}"]
+    return 6 * weights * tokens / median[name] / rate
 
 
 # ---------------------------------------------------------------- table: surgery
@@ -304,9 +354,18 @@ class WithAllGradients(Smoothness):
 
 
 def smart_table(setup):
-    """SMART's terms, with the paper's settings, over a plain step. Of the settings only the number
-    of ascent steps changes the time."""
+    """SMART's terms over a plain step."""
     args, model = setup.args, setup.model
+    steps = smart_steps(args, model, make_optimizer(args, model))
+    batches = random_steps(setup, own_rows(args))
+    median = median_times(turns(steps, batches), setup.rounds, args.device)
+    print(f"\nsmart: a training step of {examples_per_step(args)} examples")
+    print_rows(median, "plain")
+
+
+def smart_steps(args, model, optimizer):
+    """{name: a training step} with SMART's terms, in the paper's settings, of which only the number
+    of ascent steps changes the time."""
     kinds = {task: model.tasks[task].kind for task in args.trained}
     smart, proximal = Smoothness(kinds), Proximal(model, kinds)
     variants = {"plain": {},
@@ -314,15 +373,9 @@ def smart_table(setup):
                 "smoothness, weights' gradients too": {"smart": WithAllGradients(kinds)},
                 "proximal": {"proximal": proximal},
                 "smoothness and proximal": {"smart": smart, "proximal": proximal}}
-
     gradients = GradientBuffer(model.shared_parameters(), heads_of(args, model))
-    optimizer = make_optimizer(args, model)
-    steps = {name: make_step(args, model, gradients, optimizer, regularizers)
-             for name, regularizers in variants.items()}
-    batches = random_steps(setup, own_rows(args))
-    median = median_times(turns(steps, batches), setup.rounds, args.device)
-    print(f"\nsmart: a training step of {examples_per_step(args)} examples")
-    print_rows(median, "plain")
+    return {name: make_step(args, model, gradients, optimizer, regularizers)
+            for name, regularizers in variants.items()}
 
 
 # ---------------------------------------------------------------- table: adamw
@@ -412,8 +465,12 @@ def parse(argv):
     parser.add_argument("--rounds", type=flags.number(int, 1), default=15,
                         help=f"rounds that count; {WARM_UP} more warm up")
     own, others = parser.parse_known_args(argv)
-    others = ["--option", "finetune", *others]
-    return own, flags.parse_flags(get_parser, check_flags, others, "--name")
+    return own, training_flags(others)
+
+
+def training_flags(argv):
+    """Those of multitask_classifier.py, checked. Raises InputError."""
+    return flags.parse_flags(get_parser, check_flags, ["--option", "finetune", *argv], "--name")
 
 
 def check_flags(args):
@@ -427,17 +484,22 @@ def check_flags(args):
     return flags.check_training_flags(args)
 
 
+def load(args, rounds):
+    """The Setup of checked flags: the model, and the training sets."""
+    paths = find_data_files(args, splits=("train",))
+    model, data = build(args, paths, fetch_encoder(args.model))
+    train = {task: splits["train"] for task, splits in data.items()}
+    return Setup(args, rounds, model.train(), train)
+
+
 def main(argv=None):
     own, args = parse(sys.argv[1:] if argv is None else list(argv))
     print(f"{machine(args.device)}; torch {torch.__version__}; CPU threads: "
           f"{torch.get_num_threads()}; rounds: {own.rounds}", flush=True)
-    encoder_folder = fetch_encoder(args.model)
-    model, data = build(args, find_data_files(args, splits=("train",)), encoder_folder)
-    train = {task: splits["train"] for task, splits in data.items()}
-    setup = Setup(args, own.rounds, encoder_folder, model.train(), train)
+    setup = load(args, own.rounds)
     for name in own.only or TABLES:
         # on a copy of the model, whose gradients, which are views of J, are freed with it
-        TABLES[name](replace(setup, model=copy.deepcopy(model)))
+        TABLES[name](replace(setup, model=copy.deepcopy(setup.model)))
         sys.stdout.flush()
 
 
