@@ -37,7 +37,8 @@ from smart import Smoothness
 from tests.helpers import (FULL, KINDS, TINY, heads_of, random_batch, seed_check, three_task_model,
                            workspace)
 
-SLOW = ("test_distributed", "test_results", "test_training", "test_smart", "test_resume")
+SLOW = ("test_distributed", "test_results", "test_training", "test_smart", "test_resume",
+        "test_device", "test_half_precision")
 
 
 # A wrong transpose, a wrong LayerNorm eps or swapped segments would still train, only worse.

@@ -87,7 +87,7 @@ def test_predictions_go_where_they_are_asked_to():
     elsewhere = [f"--sst_{split}_out={folder / split}.csv" for split in ("dev", "test")]
     for more, named in (([], ["predictions/"]), (elsewhere, [])):
         status, printed, run_folder = run("--tasks", "sst", *more)
-        names = printed.splitlines()[-1].split(": ")[1].split(", ")
+        names = printed.splitlines()[-1].strip().split(", ")
         assert status == 0, printed
         assert names == ["encoder", "heads", "metrics.jsonl", "curves.png", "errors.csv", *named]
         assert all((run_folder / name).exists() for name in names[2:]), printed

@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import multitask_classifier  # noqa: E402
+from attention import to_device  # noqa: E402
 from smart import Smoothness  # noqa: E402
 from support.run import exit_status  # noqa: E402
 
@@ -21,7 +22,7 @@ from support.run import exit_status  # noqa: E402
 class ReleasedCode(Smoothness):
     def adversarial_perturbation(self, model, task, batch, logits, seed):
         """(S, L, H), zeros on the padding."""
-        mask = batch.attention_mask.to(model.device).unsqueeze(-1)  # (S, L, 1)
+        mask = to_device(batch.attention_mask, model.device).unsqueeze(-1)  # (S, L, 1)
         shape = (*mask.shape[:2], model.bert.config.hidden_size)
         noise = (self.sigma * torch.randn(shape, device=mask.device) * mask).requires_grad_()
 
