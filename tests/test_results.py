@@ -29,8 +29,8 @@ from support import flags, plots
 from support.evaluation import predict
 from support.files import InputError
 from support.run import read_metrics
-from tests.helpers import (DEMO, PROJECT, captured, needs_full, quietly, raises, run, same, three_task_model,
-                           trained, workspace)
+from tests.helpers import (DEMO, PROJECT, captured, needs_full, quietly, raises, run, same,
+                           three_task_model, trained, workspace)
 
 RESULTS = PROJECT / "results"
 SCRIPTS = {"multitask_classifier.py": multitask_classifier, "pretrain_mlm.py": pretrain_mlm,
