@@ -21,7 +21,6 @@ for several sizes, and for a GPU.
 import copy
 import dataclasses
 import importlib.util
-import platform
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -40,6 +39,7 @@ from data.tasks import TASKS, find_data_files, task_names  # noqa: E402
 from multitask_classifier import build, get_parser, regularized_loss, task_loss  # noqa: E402
 from optimizer import AdamW, ScheduledAdamW  # noqa: E402
 from pcgrad import GradientBuffer  # noqa: E402
+from results.study import processor  # noqa: E402
 from smart import Proximal, Smoothness  # noqa: E402
 from support import flags  # noqa: E402
 from support.devices import autocast, half_precision, make_scaler  # noqa: E402
@@ -448,12 +448,7 @@ def machine(device):
     """The processor's or the GPU's name."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    cpuinfo, name = Path("/proc/cpuinfo"), platform.processor()
-    if cpuinfo.exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines()
-                 if line.startswith("model name")]
-        name = names[0] if names else name
-    return f"{name}, its GPU" if device == "mps" else name
+    return f"{processor()}, its GPU" if device == "mps" else processor()
 
 
 def parse(argv):

@@ -102,19 +102,23 @@ def train(study, name, seed, data_dir, machine):
     return folder
 
 
+def processor():
+    """Its name."""
+    cpuinfo, names = Path("/proc/cpuinfo"), []
+    if cpuinfo.exists():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines()
+                 if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def environment(data_dir):
     """What a score depends on beside its command: commit, libraries, processor, threads, data."""
     describe = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else cpu
     files = [path for split in ("train", "dev") for path in sorted(data_dir.glob(f"*-{split}.csv"))]
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "cpu": cpu, "threads": torch.get_num_threads(),
+            "numpy": np.__version__, "cpu": processor(), "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(), "sha256": digests}
 
 

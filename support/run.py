@@ -133,6 +133,24 @@ def restoring():
                          f"({' '.join(str(error).split())[:120]})") from error
 
 
+def read_run(folder):
+    """(flags, tensors beside the encoder's) of a run. Raises InputError where it is not a run."""
+    try:
+        args = dict(json.loads((Path(folder) / "args.json").read_text(encoding="utf-8")))
+        names = {"trained", "score_also", "pair_head", "pal"}
+        if not names <= args.keys() or not isinstance(args["pair_head"], dict):
+            raise ValueError("its args.json is not of this script")
+    except (OSError, ValueError, TypeError) as error:
+        raise not_a_run(folder, error) from error
+    path, tensors = read_checkpoint(folder)
+    return args, {name: to_float(path, name, tensor) for name, tensor in tensors.items()
+                  if name.startswith(("heads.", "pal."))}
+
+
+def not_a_run(folder, error):
+    return InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})")
+
+
 def read_metrics(folder, kind):
     """The lines of a kind, "step" or "evaluation". The last line may be incomplete, where a run was
     killed."""
@@ -174,31 +192,13 @@ class Interruption:
             signal.signal(signal.SIGINT, self.before)
 
 
-def read_run(folder):
-    """(flags, tensors beside the encoder's) of a run. Raises InputError where it is not a run."""
-    try:
-        args = dict(json.loads((Path(folder) / "args.json").read_text(encoding="utf-8")))
-        names = {"trained", "score_also", "pair_head", "pal"}
-        if not names <= args.keys() or not isinstance(args["pair_head"], dict):
-            raise ValueError("its args.json is not of this script")
-    except (OSError, ValueError, TypeError) as error:
-        raise not_a_run(folder, error) from error
-    path, tensors = read_checkpoint(folder)
-    return args, {name: to_float(path, name, tensor) for name, tensor in tensors.items()
-                  if name.startswith(("heads.", "pal."))}
-
-
-def not_a_run(folder, error):
-    return InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})")
-
-
 # ---------------------------------------------------------------- metrics
 
 class StepLog:
     """The "step" lines of metrics.jsonl: mean losses over the examples of all processes, speed, and
     what was measured of the gradients, each since the line before.
 
-    Losses stay on the device until a line is written; there the host waits, once.
+    Losses stay on the device until a line is written; there the host waits.
     """
 
     def __init__(self, run, losses, regularizers, device):

@@ -246,8 +246,9 @@ def test_each_record_was_made_by_the_command_of_its_system():
 
 def test_the_pages_have_the_tables_that_the_records_give():
     systems, search = script("systems/tables"), script("search/search")
-    for name, tables in ((".", {"scores": systems.front_table(systems.read_all())}),
-                         ("results/systems", systems.all_tables()),
+    found = systems.read_all()
+    for name, tables in ((".", {"scores": systems.front_table(found)}),
+                         ("results/systems", systems.all_tables(found)),
                          ("results/search", search.tables())):
         page = (PROJECT / name / "README.md").read_text(encoding="utf-8")
         for marker, lines in tables.items():
@@ -307,7 +308,8 @@ def test_the_tables_hold_what_the_records_hold():
                          ("default", .50, .52), ("default+pal", .53), ("default+rate", .60)):
         for seed, mean in enumerate(means, start=1):
             write_record(root, name, seed, mean)
-    tables = {**script("systems/tables").all_tables(root), **script("search/search").tables(root)}
+    systems = script("systems/tables")
+    tables = {**systems.all_tables(systems.read_all(root)), **script("search/search").tables(root)}
     lines = {line for table in tables.values() for line in table}
     for line in (
             # a system on sentiment alone is selected by it, and the best epoch is its second

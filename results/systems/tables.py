@@ -200,9 +200,8 @@ def claims_table(found):
                   "what these runs show"), rows)
 
 
-def all_tables(folder=HERE):
+def all_tables(found):
     """{name in README.md: the lines of a table}."""
-    found = read_all(folder)
     return {"scores": scores_table(found), "cfimdb": cfimdb_table(found),
             "spread": spread_table(found), "differences": differences_table(found),
             "quora": quora_table(found), "claims": claims_table(found)}
@@ -273,7 +272,7 @@ PICTURES = {"systems.png": draw_systems, "quora.png": draw_quora, "cosines.png":
 
 def main():
     found = read_all()
-    write_tables(PAGE, all_tables())
+    write_tables(PAGE, all_tables(found))
     write_tables(FRONT_PAGE, {"scores": front_table(found)})
     print("the tables of this folder's README.md and of the project's")
     for name, draw in PICTURES.items():
