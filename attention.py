@@ -12,8 +12,8 @@ sequences end to end ("packed"), and every linear layer, norm and activation run
 
 Only attention must know which tokens belong together. The sequences are ordered by length, so that
 all those of one length are a dense block, which needs no mask. That suits a CPU. A GPU wants few
-launches instead: one fused kernel on the packed tokens where it has one, or else padding for the
-time of the attention. `fastest_attention` chooses between the three, which compute the same.
+kernel launches instead: one fused kernel on the packed tokens where it has one, or else padding for
+the time of the attention. `fastest_attention` chooses between the three, which compute the same.
 
     python attention.py        attention on packed tokens beside padded, masked attention
 
@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-# T is rounded up to a multiple of this with sequences of one token. oneDNN prepares a matrix
+# Sequences of one token fill T up to a multiple of this. oneDNN prepares a matrix
 # product for every new shape; with few shapes, the products of a bfloat16 step on a CPU take two
 # thirds of the time that they take otherwise.
 T_MULTIPLE = 32
@@ -52,8 +52,8 @@ class Packing:
     """Where each real token of a padded batch goes when the padding is dropped.
 
     attention_mask: (B, L), 1 for a real token. device: of the index tensors (default: the mask's).
-    The lengths are needed on the host, as the shapes of the groups; a mask on the CPU saves a GPU
-    the wait for them. Raises ValueError for an empty batch, or a sequence without a real token.
+    The lengths are needed on the host, as the shapes of the groups; with a mask on the CPU no GPU
+    has to be waited for. Raises ValueError for an empty batch, or a sequence without a real token.
     """
 
     def __init__(self, attention_mask, device=None):
@@ -83,12 +83,12 @@ class Packing:
         self.max_length = int(lengths.max())
         self.cu_seqlens = to_device(F.pad(lengths.cumsum(dim=0), (1, 0)).int(), device)
 
-        # for `pack` and `unpack`: where each packed token stands in the flattened batch, and where
-        # each sequence of the batch went
-        self.positions = to_device(F.pad(column, (0, self.fill)), device)  # (T,) in its sequence
+        # for the embeddings: the position of each token in its sequence; for `pack` and `unpack`:
+        # where it stands in the flattened batch; for `first` and `mean`: where each row went
+        self.positions = to_device(F.pad(column, (0, self.fill)), device)  # (T,)
         self.indices = to_device(order[sequence] * L + column, device)  # (T - fill,)
-        self.mask = to_device(mask, device)  # (B, L)
         self.restore = to_device(order.argsort(), device)  # (B,) row -> packed sequence
+        self.mask = to_device(mask, device)  # (B, L), for padded_attention
 
     def pack(self, padded):
         """(B, L, ...) -> (T, ...), zeros in the tokens that fill T up."""
@@ -154,8 +154,8 @@ def flash_attention(query, key, value, packing):
 
 
 def has_flash(query):
-    """The kernel needs half precision on CUDA (Ampere or later), and D a multiple of 8, which the
-    heads of PAL (204 / 12 = 17) never have."""
+    """The kernel needs half precision on Ampere or later (not a T4), and D divisible by 8 and at
+    most 256; the heads of PAL have D = 204 / 12 = 17."""
     return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
             and query.size(-1) % 8 == 0 and query.size(-1) <= 256
             and torch.cuda.get_device_capability(query.device) >= (8, 0))
@@ -173,8 +173,8 @@ def fastest_attention(query):
 class BertSelfAttention(nn.Module):
     """Queries, keys and values of A heads, attention, heads side by side again. (T, H) -> (T, H).
 
-    No dropout on the attention probabilities, whatever the config says: the fused kernel has none,
-    and all paths should compute the same.
+    No dropout on the attention probabilities, whatever the config says: varlen_attn has none, and
+    all paths should compute the same.
     """
 
     def __init__(self, hidden_size, num_attention_heads):

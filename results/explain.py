@@ -71,7 +71,7 @@ def titles(packing, vectors):
     dots = [round(float(dot), 2) + 0 for dot in dots]  # + 0 makes 0.0 of -0.0
     conflict, first, second = (f"{dot:g}".replace("-", "−") for dot in dots)
     return (f"padded batch: {math.prod(packing.padded_shape)} cells, {real} real tokens",
-            f"packed: {real} tokens, ordered by length",
+            f"packed: {real} tokens by length, lettered by row",
             f"plain sum: g₁ · g₂ = {conflict}, a conflict",
             f"PCGrad: g₁′ · g₂ = {first}, g₂′ · g₁ = {second}")
 
@@ -111,7 +111,7 @@ def draw_gradients(axes, x, y, vectors, arrows, dashes):
     """Arrows from (x, y) and, between g1' and g2', the directions that lower both losses."""
     tips = {name: (x + SCALE * float(a), y - SCALE * float(b)) for name, (a, b) in vectors.items()}
     edges = [math.degrees(math.atan2(b - y, a - x)) for a, b in (tips["g2'"], tips["g1'"])]
-    axes.add_patch(patches.Wedge((x, y), 2.6 * SCALE, *edges, fc=WEDGE))
+    axes.add_patch(patches.Wedge((x, y), 2.9 * SCALE, *edges, fc=WEDGE))
 
     for start, end, color in dashes:
         axes.plot(*zip(tips[start], tips[end]), color=color, lw=1.2 * POINT, ls=(0, (3, 2.5)))
@@ -127,11 +127,11 @@ def main(argv=None):
     path = parser.parse_args(argv).out
     (padded, sequences, packing), vectors = pack_batch(SENTENCES), project(J)
 
-    picture = figure.Figure(figsize=(800 * UNIT, 560 * UNIT), facecolor=PAPER)
-    axes = picture.add_axes((0, 0, 1, 1), xlim=(0, 800), ylim=(560, 0))  # y points down
+    picture = figure.Figure(figsize=(800 * UNIT, 580 * UNIT), facecolor=PAPER)
+    axes = picture.add_axes((0, 0, 1, 1), xlim=(0, 800), ylim=(580, 0))  # y points down
     axes.axis("off")
     write(axes, 18, 30, "Padding is dropped", 14, weight="bold")
-    write(axes, 18, 304, "Conflicting gradients are projected", 14, weight="bold")
+    write(axes, 18, 304, "Conflicting gradients are projected (a step goes against the arrow)", 14, weight="bold")
     for i, title in enumerate(titles(packing, vectors)):
         print(title)
         write(axes, (18, 404)[i % 2], (56, 330)[i // 2], title)
@@ -139,9 +139,9 @@ def main(argv=None):
     for row, words in enumerate(padded):
         draw_sequence(axes, 18, 68 + row * ROW, row, words)
     draw_packed(axes, 404, 68, sequences, packing.groups)
-    draw_gradients(axes, 106, 524, vectors, *SUM)
-    write(axes, 167, 390, "both losses fall", 10, GREEN, ha="center")
-    draw_gradients(axes, 492, 524, vectors, *PCGRAD)
+    draw_gradients(axes, 106, 544, vectors, *SUM)
+    write(axes, 167, 400, "both losses fall", 10, GREEN, ha="center")
+    draw_gradients(axes, 492, 544, vectors, *PCGRAD)
     save_figure(picture, path)
 
 

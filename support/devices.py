@@ -29,11 +29,11 @@ def get_device(use_gpu, amp):
 
 def half_precision(device):
     """The dtype of --amp: bfloat16 where the hardware computes in it rather than emulates it, or
-    else float16 on CUDA (before Ampere: a T4, for example). None where neither is fast."""
+    else float16 on CUDA (before Ampere: a T4, for example). None on MPS and on other CPUs."""
     if device == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float16
-    # a private name, but the only test for a CPU that torch 2.11 has too
+    # a private name, but torch 2.11 has no other test for a CPU
     has_bfloat16 = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if has_bfloat16 else None
 
@@ -55,7 +55,7 @@ def make_scaler(device, amp):
 
 def sparse_embedding(model, device):
     """Let autograd compute the word embedding's gradient for the words of a batch alone, and add it
-    into the standing row of J. Not on MPS, which has no sparse tensors."""
+    to the row of J. Not on MPS, which has no sparse tensors."""
     model.bert.word_embedding.sparse = torch.device(device).type != "mps"
 
 
@@ -68,7 +68,7 @@ def process_environment():
     """
     if not {"WORLD_SIZE", "RANK"} & os.environ.keys():
         return 0, 0, 1
-    numbers = {}
+    numbers = {}  # WORLD_SIZE is read first: a single process needs none of the others
     for name, least, below in (("WORLD_SIZE", 1, math.inf), ("RANK", 0, math.inf),
                                ("LOCAL_RANK", 0, math.inf), ("MASTER_PORT", 0, 2 ** 16)):
         try:
@@ -78,7 +78,7 @@ def process_environment():
         if not least <= numbers[name] < below:
             raise wrong_environment(name)
         if numbers["WORLD_SIZE"] == 1:
-            return 0, 0, 1  # a single process, whatever the other variables are
+            return 0, 0, 1
     if numbers["RANK"] >= numbers["WORLD_SIZE"]:
         raise wrong_environment("RANK")
     if not os.environ.get("MASTER_ADDR"):
@@ -129,8 +129,8 @@ def sum_over_processes(tensor):
 
 
 def fetch_encoder_once(args):
-    """The folder of the encoder args.model. Of several processes the first downloads it; it also
-    names the run, since the time is in the name."""
+    """The folder of the encoder args.model. The first of several processes downloads it and
+    names the run (the time is in the name), while the others wait in the broadcast of the name."""
     rank, _ = rank_and_world()
     if rank == 0:
         folder = fetch_encoder(args.model)

@@ -52,8 +52,8 @@ SIZES_ON_GPU = [8, 32, 128]
 BASE = "bert-base's shape"
 # of system 1b: its batch size, and the examples of its longest set (report 1, sections 5.1 and 5.3)
 REPORT = {"system": "1b", "batch_size": 8, "longest": 141506, "epochs": 10, "hours": 10}
-# largest |ours - expected| / |expected| of an output or a gradient: rounding is well below, and a
-# key that is lost or seen by mistake well above
+# limit on norm(ours - expected) / norm(expected) of an output or a gradient: rounding is well
+# below, and a key that is lost or seen by mistake well above
 TOLERANCE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.03}
 
 
@@ -74,10 +74,10 @@ def check_attention(device):
     for D in (32, 64):  # the default encoder's heads, and bert-base's
         qkv = torch.randn(3, len(mask), 12, 128, D)  # (3, B, A, L, D)
         for precision in precisions(device):
-            rounded = qkv.to(device, getattr(torch, precision))
-            for attend in attention_paths(rounded):
+            inputs = qkv.to(device, getattr(torch, precision))
+            for attend in attention_paths(inputs):
                 name = f"{attend.__name__}, {precision}, D = {D}"
-                errors[name] = attention_error(attend, rounded, mask)
+                errors[name] = attention_error(attend, inputs, mask)
                 if not errors[name] < TOLERANCE[precision]:  # also nan
                     raise RunFailed(f"{name}: differs from padded, masked attention by "
                                     f"{errors[name]:.1e} of its norm; nothing was measured")
@@ -89,7 +89,7 @@ def attention_error(attend, qkv, mask):
     real = mask.to(qkv.device)[:, :, None]  # (B, L, 1)
     weights = torch.randn(qkv.shape[1:]).transpose(1, 2).flatten(2).to(qkv.device)  # (B, L, A * D)
 
-    # the output of a query that is padding has no counterpart
+    # packed queries have no padding, so its output is left out here too
     inputs = qkv.float().requires_grad_()
     output = attention(*inputs, real.squeeze(-1)).transpose(1, 2).flatten(2) * real
     expected = output, *torch.autograd.grad((output * weights).sum(), inputs)[0]
@@ -118,7 +118,8 @@ def one_pass(model, gradients, batches, loss_of):
     parts = pooled.split([len(batch.input_ids) for _, _, batch in batches])
     losses = [loss_of(task, replace(batch, pooled=part))
               for (_, task, batch), part in zip(batches, parts, strict=True)]
-    gradients.backward(batches[0][0], sum(losses))
+    row, _, _ = batches[0]  # any: without surgery J has one row
+    gradients.backward(row, sum(losses))
 
 
 # ---------------------------------------------------------------- what is measured
@@ -222,11 +223,11 @@ def epoch_of_report(encoder, lines):
 def measure_encoder(setup, sizes):
     """{"steps", "ratios", "peak_memory"} of one encoder. The last two at the first size."""
     first = with_size(setup, sizes[0])
-    figures = {"steps": [], "ratios": alone(measure_ratios, first), "peak_memory": None}
+    figures = {"steps": [], "ratios": then_free(measure_ratios, first), "peak_memory": None}
     if setup.args.device == "cuda":
-        figures["peak_memory"] = alone(measure_memory, first)
+        figures["peak_memory"] = then_free(measure_memory, first)
     for size in sizes:
-        figures["steps"] += alone(measure_steps, with_size(setup, size))
+        figures["steps"] += then_free(measure_steps, with_size(setup, size))
     return figures
 
 
@@ -240,9 +241,9 @@ def with_size(setup, size):
     return replace(setup, args=Namespace(**{**vars(setup.args), "batch_size": batch_size}))
 
 
-def alone(measure, setup):
-    """The result of a measurement in float32 unless it changes that; then what it leaves on the
-    device is freed."""
+def then_free(measure, setup):
+    """The result of a measurement, in float32 unless it changes that. What it leaves on the device
+    is freed."""
     setup.model.amp = False
     result = measure(setup)
     setup.model.zero_grad(set_to_none=True)  # they are views of J
@@ -267,7 +268,6 @@ def base_shape_model(args, tasks):
 
 
 def rounded(number):
-    """To four digits."""
     return float(f"{number:.4g}")
 
 
@@ -299,7 +299,7 @@ def parse(argv):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     own, args = parse(argv)
-    # where the folders are is the user's own affair
+    # the record does not publish the user's paths
     words = ["DIR" if before in ("--data_dir", "--out") else word
              for before, word in zip(["", *argv], argv)]
     with_transformers = importlib.util.find_spec("transformers") is not None
@@ -323,6 +323,7 @@ def main(argv=None):
         setup.model, name = base_shape_model(args, tasks), BASE
         print(name)
         record["encoders"][name] = measure_encoder(setup, own.sizes)
+    # of the encoder that was measured last
     record["epoch"] = epoch_of_report(name, record["encoders"][name]["steps"])
     print(f"system 1b: {record['epoch']}")
 

@@ -9,7 +9,7 @@ are the activations, the tensors that autograd keeps between the forward and the
 they are counted by a formula, and the formula is checked against what autograd does keep.
 
 Dimensions: T packed tokens, n sequences of one length L, H hidden size, A attention heads; in a
-padded batch B sequences, the longest of L tokens.
+padded batch B sequences of L tokens, the length of the longest.
 """
 import sys
 from pathlib import Path
@@ -42,7 +42,7 @@ def parameter_bytes(model, tasks, rows=1, teacher=False):
     shared = model.shared_parameters()
     trained = shared + [p for task in tasks for p in model.own_parameters(task)]
 
-    # AdamW has a temporary tensor for each number of a group of parameters: matrices, or vectors
+    # AdamW's denominators are there for one group of parameters at a time: matrices, or vectors
     matrices = sum(p.numel() for p in trained if p.ndim >= 2)
     vectors = sum(p.numel() for p in trained if p.ndim < 2)
     numbers = {"weights": sum(everything),
@@ -62,8 +62,8 @@ def activation_bytes(config, packing, device):
     A layer keeps per token: its input, the output of attention, the inputs of two LayerNorms and
     the output of the first, 5 H; the feed-forward network before and after its GELU; two dropout
     masks, of H numbers each on a CPU (support/fast_cpu.py), of H bytes on a GPU; and what
-    attention needs. The embeddings keep a LayerNorm's input and a mask, and the last layer's
-    output is nobody's input.
+    attention needs. The embeddings keep a LayerNorm's input and a mask; no layer keeps the last
+    layer's output.
     """
     T, H = sum(packing.group_tokens), config.hidden_size
     layers, mask = config.num_hidden_layers, H if device == "cpu" else H / BYTES
@@ -74,9 +74,9 @@ def activation_bytes(config, packing, device):
 
 
 def attention_numbers(packing, H, A):
-    """Of grouped_attention: query, key, value, and L probabilities per token and head. Of the
-    sequences of one length there is a copy; where a length occurs once, a view keeps the query, key
-    and value of all tokens."""
+    """Of grouped_attention: query, key, value, and L probabilities per token and head. A group of
+    several sequences keeps a copy of its own; a group of one keeps a view, and with it the query,
+    key and value of all tokens."""
     copied = sum(n * L for n, L in packing.groups if n > 1)
     viewed = sum(packing.group_tokens) if any(n == 1 for n, _ in packing.groups) else 0
     return 3 * H * (copied + viewed) + A * sum(n * L * L for n, L in packing.groups)
@@ -129,7 +129,7 @@ def systems_of(model):
     term holds the graphs of two passes, the unperturbed and the perturbed one."""
     return {"plain": (parameter_bytes(model, TRAINED), 1),
             "PCGrad": (parameter_bytes(model, TRAINED, rows=len(TRAINED)), 1),
-            "SMART + proximal": (parameter_bytes(model, TRAINED, teacher=True), 2)}
+            "smoothness and proximal": (parameter_bytes(model, TRAINED, teacher=True), 2)}
 
 
 def memory_table(model, batch):

@@ -27,8 +27,8 @@ def read_devices(folder=HERE):
 
 
 def column_table(devices, head, cells):
-    """cells: {heading of a column: {row, a tuple as long as head: its text}}. There is a row for
-    every figure that any device has, and one without a name where there is none."""
+    """cells: {heading of a column: {row (a tuple as long as head): its text}}. There is a row for
+    every figure that any device has, or one row of dashes where no device has any."""
     rows = dict.fromkeys(row for column in cells.values() for row in column)
     rows = list(rows) or [("-",) * len(head)]
 
@@ -49,10 +49,10 @@ def in_words(step):
 
 def devices_cells(record):
     half = record["precisions"][1:] or ["-"]
-    agree = f"{len(record['attention'])} agree, to {max(record['attention'].values()):.0e}"
+    agree = f"{len(record['attention'])} pass, to {max(record['attention'].values()):.0e}"
     names = {"command": f"`{record['command']}`", "torch": record["torch"],
              "CPU threads": record["threads"], "rounds": record["rounds"],
-             "half precision": half[0], "ways to compute attention, checked": agree,
+             "half precision": half[0], "checks of attention (path, precision, head size)": agree,
              "transformers": "measured" if record["transformers"] else "not installed, left out"}
     return {(name,): value for name, value in names.items()}
 
@@ -93,9 +93,9 @@ def epoch_cells(record):
     cells = {("encoder",): epoch["encoder"], ("steps per epoch",): f"{epoch['steps']:,}"}
     for precision, hours in epoch["our_hours"].items():
         _, words = in_words(f"packed, {precision}")
-        cells[f"one epoch, {words}",] = f"{60 * hours / epoch['epochs']:.0f} min"
-        cells[f"{epoch['epochs']} epochs, {words}",] = f"{hours:.1f} h"
-    cells[f"report 1, {epoch['epochs']} epochs on its GPU",] = f"{epoch['hours']} h"
+        cells[(f"one epoch, {words}",)] = f"{60 * hours / epoch['epochs']:.0f} min"
+        cells[(f"{epoch['epochs']} epochs, {words}",)] = f"{hours:.1f} h"
+    cells[(f"report 1, {epoch['epochs']} epochs on its GPU",)] = f"{epoch['hours']} h"
     return cells
 
 
