@@ -67,7 +67,7 @@ class Packing:
             raise ValueError(f"sequence {int(lengths.argmin())} of the batch has no real token")
 
         # order the sequences by length: in the picture above a, c, b. Their real tokens, sequence
-        # after sequence, are the packed tokens; each stands in a column of a sequence
+        # after sequence, are the packed tokens; column: where each stood in its row
         order = lengths.argsort(stable=True)  # packed sequence -> row of the padded batch
         sequence, column = mask[order].nonzero(as_tuple=True)  # (T - fill,) each
 
@@ -117,7 +117,7 @@ class Packing:
 
 
 def to_device(tensor, device):
-    """Copy without making the host wait, where that is safe: MPS would read freed memory."""
+    """Copy; CUDA's host need not wait for it. On MPS that would read freed memory."""
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
@@ -130,7 +130,7 @@ def grouped_attention(query, key, value, packing):
     qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     with torch.autocast(query.device.type, enabled=False):
         for (n, L), tokens in zip(packing.groups, qkv.split(packing.group_tokens)):
-            # one copy lays the three out as (3, n * A, L, D)
+            # L: of this group. One copy lays the three out as (3, n * A, L, D)
             q, k, v = tokens.view(n, L, 3, A, D).permute(2, 0, 3, 1, 4).reshape(3, n * A, L, D)
             output = attention(q, k, v)  # (n * A, L, D)
             outputs.append(output.view(n, A, L, D).transpose(1, 2).flatten(0, 1))  # (n * L, A, D)
@@ -138,7 +138,8 @@ def grouped_attention(query, key, value, packing):
 
 
 def padded_attention(query, key, value, packing):
-    """Equation 1 by torch's fused kernels on the padded batch, with a mask. All (T, A, D)."""
+    """Equation 1 by torch on the padded batch, masked (True for a real token); fused where a kernel
+    takes this D. All (T, A, D)."""
     (_, A, D), (B, L) = query.shape, packing.padded_shape
     qkv = torch.stack((query, key, value), dim=1).flatten(1)  # (T, 3 * A * D)
     q, k, v = packing.unpack(qkv).view(B, L, 3, A, D).permute(2, 0, 3, 1, 4)  # (B, A, L, D) each
@@ -201,7 +202,7 @@ class ProjectedAttention(nn.Module):
 
         LayerNorm(a + FFN(a) + TS(h)),    TS(h) = V_D g(V_E h)
 
-    V_E projects from H down to `size` numbers and V_D back up; both are shared by all layers. g is
+    V_E (encode) maps H down to `size` numbers and V_D (decode) back up; all layers share both. g is
     "attention", self-attention without an output matrix, of its own in each layer; or "identity",
     which leaves one low-rank map (a baseline of the paper, and what report 4 used).
 

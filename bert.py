@@ -141,7 +141,7 @@ class BertModel(nn.Module):
     def embed(self, input_ids, token_type_ids=None, position_ids=None):
         """Word + position + token type, normalized. (..., L) -> (..., L, H); or packed, (T,) ->
         (T, H) with the positions given."""
-        # one sentence, and positions 0, 1, 2, ...
+        # by default token type 0, and positions 0, 1, 2, ...
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         if position_ids is None:
@@ -239,7 +239,7 @@ class BertModel(nn.Module):
 
         vocabulary_folder: the folder whose vocabulary and tokenizer settings are copied. head:
         {name: tensor} of all that stands beside the encoder. model_type: for config.json; another
-        one than "bert" where the encoder alone is not the whole model.
+        one than "bert" where the layers are not plain BERT's.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -258,7 +258,7 @@ class BertModel(nn.Module):
 
 # ---------------------------------------------------------------- published checkpoints
 
-# Published name -> our name, applied from top to bottom; saving goes from bottom to top.
+# Published name -> our name. Loading applies them from top to bottom, saving from bottom to top.
 RENAMES = [
     ("embeddings.word_embeddings.", "word_embedding."),
     ("embeddings.position_embeddings.", "pos_embedding."),

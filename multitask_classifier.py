@@ -7,7 +7,7 @@ similarity on STS).
 A run leaves runs/NAME/ with the best encoder and heads, metrics.jsonl, curves.png, and predictions
 in the course's submission format. A training system is a combination of independent choices:
 schedule (data/batches.py), heads and losses (here), projected attention layers (attention.py),
-gradient surgery (pcgrad.py), regularizers (smart.py). `train` is the function to read first.
+gradient surgery (pcgrad.py), regularizers (smart.py). Read the function `train` first.
 
 Dimensions: B examples in a batch, S sequences (B, or 2B where pairs are encoded separately), L
 tokens in the longest, H hidden size, C outputs of a task.
@@ -49,7 +49,7 @@ from support.run import (Interruption, Run, StepLog, check_weights, exit_status,
                          not_a_run, null_stream, progress_bar, read_run, restoring)
 
 HERE = Path(__file__).resolve().parent
-MODEL_WITH_PAL = "bert_with_pal"  # model_type in config.json: the encoder is not the whole model
+MODEL_WITH_PAL = "bert_with_pal"  # model_type in config.json, where layers are not plain BERT's
 LOG_EVERY = 10  # steps per line of metrics.jsonl
 
 
@@ -96,8 +96,8 @@ def get_parser():
         help="with --schedule mtdnn: repeat each set until it is as large as the largest")
     add("--epochs", type=number(int, 1), default=10, help="number of epochs")
     add("--epoch_length", default="longest", metavar="longest|shortest|STEPS",
-        help="steps per epoch. longest: the batches of the set that has most (with one task per "
-             "step: of all sets); shortest: of the set that has fewest (times the number of tasks)")
+        help="steps per epoch. longest, shortest: the batches of the set that has most or fewest; "
+             "with one task per step: the batches of all sets, or the fewest times the tasks")
     add("--batch_size", type=per_task(number(int, 1)),
         help="examples per step of each task: one number, or sst=2,para=24,sts=2 (default: "
              "sst=16,para=32,sts=12,cfimdb=8; with --schedule mixed 20, the mean over the tasks)")
@@ -397,7 +397,8 @@ def train(args, model, data, schedule, run, encoder_folder):
     regularizers = make_regularizers(args, model)
     log = StepLog(run, args.trained, regularizers, model.device)
 
-    # with the tensors of model, gradients, optimizers and regularizers, this is what last.pt holds
+    # epochs and steps that are done; last.pt holds this, and the tensors of model, gradients,
+    # optimizers and regularizers
     state = {"epoch": 0, "step": 0, "best": None, "data": data_digest(data)}
     if run.last:
         load_state(run.last, state, model, gradients, optimizers, regularizers)
@@ -423,16 +424,16 @@ def train(args, model, data, schedule, run, encoder_folder):
                 # the sum of the tasks' gradients, PCGrad or Vaccine; then AdamW
                 if is_update:
                     gradients.combine(seed_of(args.seed, epoch, n, "order of the projections"))
-                    # one optimizer for all tasks; or one each, where a step has one task
+                    # all tasks have one optimizer; or `task` its own, where a step has one task
                     if optimizers[task].step():
                         update_teacher(model, regularizers, optimizers)
-                    else:  # an overflow in float16: nothing has moved
+                    else:  # an overflow in float16: no weight has moved
                         gradients.undo()
                         log.skipped += 1
                 log.end_step(gradients.diagnostics() if is_update else None)
 
-                # save where no gradient is pending. log.write sums over the processes, so that
-                # several of them, whose clocks differ, save only where all write anyway
+                # save where no gradient is pending. Clocks of several processes differ: they save
+                # only where log.write, which sums over them, has made all wait anyway
                 global_step = epoch * schedule.steps_per_epoch + n
                 write = n % LOG_EVERY == 0 or at_end
                 due = run.due(args.save_every) and (write or world == 1)
@@ -628,7 +629,7 @@ def build(args, paths, encoder_folder):
     cross = [task for task, head in args.pair_head.items() if head == "cross"]
     data = load_data(paths, encoder_folder, bert.config, cross, args.skip_malformed)
 
-    # --limit: a random fraction, of which a smaller one is a part
+    # --limit: a random subset; that of a smaller fraction is a part of it
     for task, fraction in (args.limit or {}).items():
         size = len(data[task]["train"])
         order = np.random.default_rng(seed_of(args.seed, "limit", task)).permutation(size)

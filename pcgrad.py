@@ -8,7 +8,7 @@ conflict takes away what points against g_j:
 
 g_j is always the original gradient, and the update is the SUM of the g_i'. This file has it twice:
 as that loop over vectors, which is the definition; and on the K x K Gram matrix of the gradients,
-which is what training uses, for no gradient has to be copied.
+which training uses, since it copies no gradient.
 
 Every g_i' is a combination of the K original gradients, the rows of J: g_i' = W_i J. Every product
 and norm that the loop needs follows from G = J J^T. For example
@@ -150,7 +150,7 @@ class GradientBuffer:
     J covers the parameters that every task reaches. Heads stay outside. The gradient of one task's
     loss for another task's head is zero, so inside the vector a head would change no product
     g_i . g_j. Head j would only enlarge |g_j|^2, so that less of a conflict would be removed, and a
-    projection of g_i would move head j.
+    projection of g_i would change the gradient of head j.
 
     shared: the parameters that every task reaches. heads: {task: the parameters of its head and its
     projected attention layers}, whose gradients are as autograd gives them, or None in an update
@@ -182,12 +182,12 @@ class GradientBuffer:
                        for piece, parameter in zip(row.split(sizes), self.shared)]
                       for row in self.J]
 
-        self.scopes = sizes if scope == "tensor" else [sum(sizes)]  # columns projected together
-        self.targets = torch.zeros(len(self.scopes), K, K, dtype=torch.float64)  # of Vaccine
+        self.widths = sizes if scope == "tensor" else [sum(sizes)]  # columns projected together
+        self.targets = torch.zeros(len(self.widths), K, K, dtype=torch.float64)  # of Vaccine
         self.gram = None  # (K, K) of the last update, over all columns
         self.combined = True  # the next step starts a new update
         self.seen = set()  # tasks of this update
-        self.sending = {}  # row -> its sum over the processes, under way
+        self.sums = {}  # row -> its sum over the processes, under way
 
     def begin(self, tasks, last=True):
         """Start a step. tasks: in the order of their backward passes. last: `combine` follows this
@@ -215,15 +215,15 @@ class GradientBuffer:
         if distributed.is_initialized() and self.to_come is not None:
             self.to_come.remove(task)
             if row not in {self.row[other] for other in self.to_come}:
-                self._send(row)
+                self._start_sum(row)
 
     def combine(self, seed):
         """Leave the update in the shared parameters' .grad. seed: for the projection order."""
         if distributed.is_initialized():
-            self._receive()
+            self._wait_for_sums()
         self.gram, self.targets_before = None, self.targets.clone()
         if len(self.J) > 1:  # a single row is the sum already
-            scopes = self.J.split(self.scopes, dim=1)  # all columns, or those of each parameter
+            scopes = self.J.split(self.widths, dim=1)  # all columns, or those of each parameter
             if self.J.device.type == "cpu":
                 grams = [gram_matrix(columns) for columns in scopes]
             else:
@@ -246,7 +246,7 @@ class GradientBuffer:
 
     def _combine(self, columns, gram, targets, seed):
         """Leave the weighted sum of the rows, (1^T W) J, in row 0. gram: their Gram matrix."""
-        W = torch.eye(len(gram))  # without surgery: the plain sum
+        W = torch.eye(len(gram))  # the plain sum, if there are rows for --log_gradients alone
         if self.surgery == "pcgrad":
             W = pcgrad_weights(gram, seed)
         elif self.surgery == "gradvac":
@@ -262,17 +262,17 @@ class GradientBuffer:
         for parameter, view in zip(self.shared, self.views[row]):
             parameter.grad = view
 
-    def _send(self, row):
-        self.sending[row] = distributed.all_reduce(self.J[row], async_op=True)
+    def _start_sum(self, row):
+        self.sums[row] = distributed.all_reduce(self.J[row], async_op=True)
 
-    def _receive(self):
-        # rows that have not been sent yet, in the same order on all processes
+    def _wait_for_sums(self):
+        # rows whose sum has not begun, in the same order on all processes
         for row in range(len(self.J)):
-            if row not in self.sending:
-                self._send(row)
-        for work in self.sending.values():
+            if row not in self.sums:
+                self._start_sum(row)
+        for work in self.sums.values():
             work.wait()
-        self.sending.clear()
+        self.sums.clear()
 
         for task in (task for task in self.heads if task in self.seen):
             for parameter in self.heads[task]:

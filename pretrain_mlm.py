@@ -230,6 +230,7 @@ def mask_tokens(input_ids, vocabulary, whole_word, generator):
     draw = generator.random(ids.shape)
     ids[chosen & (draw < 0.8)] = vocabulary.mask
     random = chosen & (draw >= 0.8) & (draw < 0.9)
+    # from the whole vocabulary, special tokens too, as in BERT's released code
     ids[random] = generator.integers(len(vocabulary.special), size=random.sum())
     return torch.from_numpy(ids), torch.from_numpy(chosen)
 

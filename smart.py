@@ -11,8 +11,8 @@ the squared difference for a regression.
 
 The maximum is approximated by projected gradient ascent (algorithm 1). x~ starts as x plus noise
 N(0, sigma^2); each ascent step moves it by `step_size` along the normalized gradient, and then back
-into the ball of radius eps around x. An example is what has one label: the two sentences of a pair
-share one ball, also where they are encoded separately.
+into the ball of radius eps around x. Norms are taken over an example, what has one label: both
+sentences of a pair, also where they are encoded separately.
 
 All passes over a batch draw the same dropout masks, by starting from the same seed. Otherwise R and
 D would measure dropout.

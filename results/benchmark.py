@@ -225,13 +225,16 @@ def with_padding(step):
 
 def transformers_steps(args, model):
     """{"transformers, float32": a training step} the usual way in each precision: padded batches,
-    torch's optimizer, gradients in .grad. Of the model's shape, with random weights."""
+    torch's optimizer, gradients in .grad. Of the model's shape, with random weights, and with no
+    more to do: no dropout on the attention probabilities, no weight decay."""
     import transformers
 
-    config = transformers.BertConfig(**dataclasses.asdict(model.bert.config))
+    config = transformers.BertConfig(**dataclasses.asdict(model.bert.config),
+                                     attention_probs_dropout_prob=0.0)
     encoder = transformers.BertModel(config).to(model.device).train()
     heads = copy.deepcopy(model.heads).train()
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=1e-5)
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)
     return {f"transformers, {precision}": transformers_step(
         model, encoder, heads, optimizer, precision != "float32")
         for precision in precisions(args.device)}
@@ -481,6 +484,8 @@ def check_flags(args):
 
 def load(args, rounds):
     """The Setup of checked flags: the model, and the training sets."""
+    # cuDNN's attention prepares itself for every new shape, and nearly every padded batch has one
+    torch.backends.cuda.enable_cudnn_sdp(False)
     paths = find_data_files(args, splits=("train",))
     model, data = build(args, paths, fetch_encoder(args.model))
     train = {task: splits["train"] for task, splits in data.items()}

@@ -79,7 +79,7 @@ def test_one_command_measures_and_writes_all_figures():
 
     halves = 1 if half_precision("cpu") is None else 2
     assert len(record["precisions"]) == halves
-    assert len(record["attention"]) == 2 * 2 * halves  # two paths, two widths of a head
+    assert len(record["attention"]) == 2 * 3 * halves  # two paths, three widths of a head
     kinds = {"packed", "one pass"} | ({"transformers"} if record["transformers"] else set())
     assert list(record["encoders"]) == ["tiny", measure.BASE]
     for figures in record["encoders"].values():

@@ -71,7 +71,7 @@ def check_attention(device):
     lengths, errors = torch.tensor([50, 2, 9, 31, 128, 9]), {}
     mask = torch.arange(128) < lengths[:, None]  # (B, L)
     torch.manual_seed(0)
-    for D in (32, 64):  # the default encoder's heads, and bert-base's
+    for D in (32, 64, 17):  # the heads of the default encoder, of bert-base, and of PAL
         qkv = torch.randn(3, len(mask), 12, 128, D)  # (3, B, A, L, D)
         for precision in precisions(device):
             inputs = qkv.to(device, getattr(torch, precision))
@@ -258,10 +258,11 @@ def has_base_shape(device):
     return device != "cpu"
 
 
-def base_shape_model(args, tasks):
-    """As in the reports, but with random weights: bert-base, whose vocabulary the default encoder
-    has too, pooled by [CLS]."""
-    model = MultitaskBERT(BertModel(BertConfig()), tasks, args.pair_head, "cls",
+def base_shape_model(args, tasks, vocab_size):
+    """As in the reports, but with random weights, and with the vocabulary of the encoder that was
+    measured first: bert-base, pooled by [CLS]."""
+    config = replace(BertConfig(), vocab_size=vocab_size)
+    model = MultitaskBERT(BertModel(config), tasks, args.pair_head, "cls",
                           args.hidden_dropout_prob)
     sparse_embedding(model, args.device)
     return model.to(args.device).train()
@@ -316,11 +317,12 @@ def main(argv=None):
     # one after the other, so that the memory of the first is free again
     setup = load(args, own.rounds)
     tasks, name = setup.model.tasks, Path(args.model).name
+    vocab_size = setup.model.bert.config.vocab_size
     print(name)
     record["encoders"] = {name: measure_encoder(setup, own.sizes)}
     if has_base_shape(args.device):
         setup.model = None
-        setup.model, name = base_shape_model(args, tasks), BASE
+        setup.model, name = base_shape_model(args, tasks, vocab_size), BASE
         print(name)
         record["encoders"][name] = measure_encoder(setup, own.sizes)
     # of the encoder that was measured last
