@@ -2,8 +2,8 @@
 nn.Linear, the masks have the distribution of nn.Dropout's, and `accelerate(model)` is the only
 thing that the scripts call.
 
-Measured on two of AMD's processors. On one, MKL, which torch asks for float32 products, left AVX-512
-unused, and a product by oneDNN took half the time; on the other both took the same.
+Measured on two of AMD's processors. On one, MKL, which torch asks for float32 products, left
+AVX-512 unused, and a product by oneDNN took half the time; on the other both took the same.
 """
 import torch
 from torch import nn
