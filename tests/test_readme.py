@@ -2,6 +2,9 @@
 import ast
 import inspect
 import re
+import subprocess
+from pathlib import Path
+from unittest import SkipTest
 
 import multitask_classifier
 from tests.helpers import PROJECT
@@ -27,8 +30,13 @@ def test_the_loop_on_the_front_page_is_an_ordered_excerpt_of_the_code():
 
 def test_the_map_names_every_file():
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    files = [*PROJECT.glob("*.py"), *PROJECT.glob("data/*.py"), *PROJECT.glob("support/*.py")]
-    names = [str(path.relative_to(PROJECT)) for path in files if path.name != "__init__.py"]
+    if not (PROJECT / ".git").exists():
+        raise SkipTest("not a git checkout")
+
+    # the files of the repository: a student's own may stand beside them
+    tracked = subprocess.check_output(["git", "ls-files", "*.py"], cwd=PROJECT, text=True)
+    names = [str(path) for path in map(Path, tracked.split())
+             if str(path.parent) in (".", "data", "support") and path.name != "__init__.py"]
     rows = re.findall(r"^\| ([\w/]+\.py) \|", readme, flags=re.MULTILINE)
     assert sorted(rows) == sorted(names)
 
