@@ -68,6 +68,7 @@ class PretendModule:
     is_available = is_initialized = staticmethod(lambda: True)
     device_count = staticmethod(lambda: 1)
     current_device = staticmethod(lambda: 0)
+    synchronize = staticmethod(lambda: None)
     manual_seed_all = staticmethod(lambda seed: None)
     get_rng_state = staticmethod(lambda device: None)
     set_rng_state = staticmethod(lambda state, device: None)

@@ -21,8 +21,11 @@ from torch.utils import backend_registration
 import multitask_classifier
 import pretrain_mlm
 from data.batches import evaluation_batches
+from results import benchmark
+from results.speed import measure
 from support import predict
-from tests.helpers import PROJECT, killed_after, quietly, workspace
+from tests.helpers import PROJECT, TINY, killed_after, quietly, workspace
+from tests.test_speed import new_folder, tiny_flags
 
 
 # ---------------------------------------------------------------- in a process with the device
@@ -141,11 +144,22 @@ def small_operations():
     return found
 
 
+def measured():
+    """The encoders that results/speed/measure.py measures on the device, in small."""
+    out = new_folder()
+    with mock.patch.object(benchmark, "product_size", lambda device: 64), \
+            mock.patch.object(measure, "BertConfig", lambda: TINY):
+        status, printed = quietly(measure.main, *tiny_flags(out), "--use_gpu")
+    assert status == 0, printed
+    path, = out.iterdir()
+    return list(json.loads(path.read_text())["encoders"])
+
+
 def print_report():
     # small batches in evaluation, so that each set has several
     with mock.patch.object(evaluation_batches, "__defaults__", (250,)):
         runs = {name: compared(name) for name in RUNS}
-    print(json.dumps({"operations": small_operations(), "runs": runs,
+    print(json.dumps({"operations": small_operations(), "runs": runs, "measured": measured(),
                       "answers": largest_difference(answers("cpu"), answers("pretend"))}))
 
 
@@ -236,3 +250,7 @@ def test_between_steps_it_waits_for_a_line_of_metrics_a_save_and_each_set_that_i
             expected["support/evaluation.py encode_once"] = 3 * 3
         found = by_function(run["waits"], BETWEEN_STEPS)
         assert found == expected, (name, found)
+
+
+def test_the_speed_is_measured_on_the_device_for_both_encoders():
+    assert report()["measured"] == ["tiny", measure.BASE]
