@@ -131,7 +131,8 @@ def main(argv=None):
     axes = picture.add_axes((0, 0, 1, 1), xlim=(0, 800), ylim=(580, 0))  # y points down
     axes.axis("off")
     write(axes, 18, 30, "Padding is dropped", 14, weight="bold")
-    write(axes, 18, 304, "Conflicting gradients are projected (a step goes against the arrow)", 14, weight="bold")
+    write(axes, 18, 304, "Conflicting gradients are projected (a step goes against the arrow)", 14,
+          weight="bold")
     for i, title in enumerate(titles(packing, vectors)):
         print(title)
         write(axes, (18, 404)[i % 2], (56, 330)[i // 2], title)

@@ -21,11 +21,10 @@ from torch.utils import backend_registration
 import multitask_classifier
 import pretrain_mlm
 from data.batches import evaluation_batches
-from results import benchmark
 from results.speed import measure
 from support import predict
 from tests.helpers import PROJECT, TINY, killed_after, quietly, workspace
-from tests.test_speed import new_folder, tiny_flags
+from tests.test_speed import new_folder, small_products, tiny_flags
 
 
 # ---------------------------------------------------------------- in a process with the device
@@ -144,11 +143,11 @@ def small_operations():
     return found
 
 
+@small_products
 def measured():
     """The encoders that results/speed/measure.py measures on the device, in small."""
     out = new_folder()
-    with mock.patch.object(benchmark, "product_size", lambda device: 64), \
-            mock.patch.object(measure, "BertConfig", lambda: TINY):
+    with mock.patch.object(measure, "BertConfig", lambda: TINY):
         status, printed = quietly(measure.main, *tiny_flags(out), "--use_gpu")
     assert status == 0, printed
     path, = out.iterdir()

@@ -24,7 +24,8 @@ def test_the_script_draws_the_same_picture_each_time():
     printed, png = picture()
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
     assert picture() == (printed, png)
-    for line in ("padded batch: 48 cells, 27 real tokens", "packed: 27 tokens by length, lettered by row",
+    for line in ("padded batch: 48 cells, 27 real tokens",
+                 "packed: 27 tokens by length, lettered by row",
                  "plain sum: g₁ · g₂ = −3.33, a conflict", "PCGrad: g₁′ · g₂ = 0, g₂′ · g₁ = 0"):
         assert line in printed, printed
     assert (PROJECT / "results" / "explain.png").stat().st_size < 200_000

@@ -62,8 +62,8 @@ def front_table(found):
             for name, what in FRONT.items() if name in found]
     rows.append(("for comparison: the best student report, with bert-base-uncased (110M) on a GPU",
                  *(f"{score:.3f}" for score in BEST_OF_REPORTS)))
-    head = "sentiment (`sst`), accuracy", "paraphrase (`para`), accuracy", "similarity (`sts`), Pearson r"
-    return table(("", *head), rows)
+    return table(("", "sentiment (`sst`), accuracy", "paraphrase (`para`), accuracy",
+                  "similarity (`sts`), Pearson r"), rows)
 
 
 def score_cell(system, records, task):
