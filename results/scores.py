@@ -1,5 +1,5 @@
 """Scores of recorded runs, their spread over seeds, and tables of them, for the studies that keep
-records (results/records.py)."""
+records (results/study.py)."""
 import json
 import re
 from dataclasses import dataclass
