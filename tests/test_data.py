@@ -9,6 +9,7 @@ import random
 import shutil
 import tempfile
 import threading
+import zipfile
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 import multitask_classifier
-from data import download, tasks
+from data import download, phrases, tasks
 from data.batches import (SCHEDULES, Schedule, TaskBatches, collate, collate_shard,
                           evaluation_batches, seed_of)
 from data.tasks import TASKS, find_data_files, has_labels, read_examples
@@ -693,3 +694,32 @@ def test_a_file_of_unknown_length_is_known_to_be_whole_by_its_id_alone():
         assert failed == [] and "30000 bytes" in printed and "may be cut short" in printed
         (folder / "b.csv").unlink()
         assert "cut short" not in fetch(base, folder / "b.csv", own)[1]
+
+
+# ---------------------------------------------------------------- the treebank's phrases
+
+def test_the_phrases_of_a_tree_are_those_of_its_nodes():
+    assert phrases.phrases_of("(3 (2 It) (3 (2 's) (3 good)))") == [
+        ("It", "2"), ("'s", "2"), ("good", "3"), ("'s good", "3"), ("It 's good", "3")]
+
+
+def test_phrases_are_written_for_training_without_sentences_of_dev_and_test():
+    trees = {"train": '(1 (2 (2 a) (3 "film")) (2 it))\n(2 (2 it) (0 sags))\n', "dev": "(0 Sags)\n",
+             "test": "(2 (2 an) (2 other))\n"}
+    treebank = write_file("treebank.zip", "")
+    with zipfile.ZipFile(treebank, "w") as archive:
+        for split, text in trees.items():
+            archive.writestr(f"trees/{split}.txt", text)
+    captured(phrases.main, ["--treebank", str(treebank), "--to", str(treebank.parent)])
+
+    path = treebank.parent / phrases.NAME
+    examples, _ = captured(read_examples, path, TASKS["sst"])
+    found = {text: label for (text,), label in zip(examples.texts, examples.labels)}
+    assert found == {"a": 2, '"film"': 3, 'a "film"': 2, "it": 2, 'a "film" it': 1, "it sags": 2}
+    assert len(examples) == len(found) and has_labels(path, TASKS["sst"])
+
+
+def test_a_file_that_is_not_the_treebank_gets_one_line():
+    for wrong in (write_file("treebank.zip", "no archive"), workspace() / "missing.zip"):
+        raises(InputError, str(wrong), phrases.main,
+               ["--treebank", str(wrong), "--to", str(workspace())])
