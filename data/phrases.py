@@ -3,8 +3,8 @@ the course's format, to train on in place of the sentences.
 
     python data/phrases.py        fetches the treebank and writes ids-sst-phrases-train.csv here
 
-The treebank (Socher et al. 2013) has a parse tree of each sentence, and a label from 0 to 4 at every
-node: `(3 (2 It) (3 (2 's) (3 good)))` holds five phrases. The course took only the sentences.
+The treebank (Socher et al. 2013) has a parse tree of each sentence, and a label from 0 to 4 at
+every node: `(3 (2 It) (3 (2 's) (3 good)))` holds five phrases. The course took only the sentences.
 """
 import argparse
 import csv
