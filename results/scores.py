@@ -90,6 +90,14 @@ def cell(values):
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
+def with_train(records):
+    """The number of seeds, the three scores on dev with those on train in brackets, and
+    overall_2023: cells of a row."""
+    both = [f"{cell(scores(records, task))} ({mean(scores(records, task, 'train')):.3f})"
+            for task in TASKS]
+    return len(records), *both, cell(overall(records))
+
+
 def table(head, rows):
     """The lines of a Markdown table."""
     return [f"| {' | '.join(map(str, cells))} |" for cells in (head, ["---"] * len(head), *rows)]

@@ -10,13 +10,12 @@ DIR holds the course's files. All systems use the default encoder with mean pool
 """
 import sys
 from pathlib import Path
-from statistics import mean
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from results import study  # noqa: E402
-from results.scores import (TASKS, cell, difference, overall, read_records, scores,  # noqa: E402
-                            spread, table, write_tables)
+from results.scores import (TASKS, difference, overall, read_records, spread, table,  # noqa: E402
+                            with_train, write_tables)
 from results.study import System  # noqa: E402
 
 # the defaults: 1,000 updates of 16, 32 and 12 examples
@@ -57,17 +56,10 @@ def tables(folder=HERE):
             more, significant = difference(overall(found[name]), overall(found["default"]), *pooled)
             over = f"{more:+.3f}{' significant' if significant else ' n.s.'}"
         if found[name]:
-            rows.append((name, SEARCH[name].what, *cells(found[name]), over))
+            rows.append((name, SEARCH[name].what, *with_train(found[name]), over))
     head = ("system", "what it is", "seeds", *(f"{task} (train)" for task in TASKS), "overall_2023")
-    rates = [(RATES[name].what, *cells(found[name])) for name in RATES if found[name]]
+    rates = [(RATES[name].what, *with_train(found[name])) for name in RATES if found[name]]
     return {"search": table((*head, "over the defaults"), rows), "rates": table(head[1:], rates)}
-
-
-def cells(records):
-    """Seeds, scores on dev with those on train in brackets, overall_2023."""
-    both = [f"{cell(scores(records, task))} ({mean(scores(records, task, 'train')):.3f})"
-            for task in TASKS]
-    return len(records), *both, cell(overall(records))
 
 
 if __name__ == "__main__":
