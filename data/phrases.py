@@ -76,15 +76,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as scratch:
-        treebank = args.treebank or Path(scratch) / Path(TREEBANK).name
-        try:
-            if not args.treebank:
+        treebank = args.treebank
+        if not treebank:
+            treebank = Path(scratch) / Path(TREEBANK).name
+            try:
                 fetch_file(TREEBANK, treebank)
-            args.to.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{error}; the treebank is at {TREEBANK}, and --treebank ZIP takes it "
-                             "from this machine") from error
+            except OSError as error:
+                raise InputError(f"{error}; the treebank is at {TREEBANK}, and --treebank ZIP "
+                                 "takes it from this machine") from error
         phrases = training_phrases(read_treebank(treebank))
+    args.to.mkdir(parents=True, exist_ok=True)
     write_phrases(phrases, args.to / NAME)
     print(f"{args.to / NAME}: {len(phrases)} phrases")
 
