@@ -45,7 +45,7 @@ YELP = (f"{FINETUNE} --schedule mixed --aux yelp=data/demo/stars-train.csv "
         "--batch_size sst=2,para=24,sts=2,yelp=2 --pair_head cross --lr 1e-5")
 DROPOUT_5 = "--hidden_dropout_prob 0.5"
 
-# {system of PAPERS' tables: (what it is, its commands in their order)}
+# {system, named after its report: (what it is, its commands in their order)}
 REPORTS = {
     "1a": ("trained on sentiment only, scored on all three",
            [f"{FINETUNE} {SST_ALONE} --pair_head uv_diff --lr 1e-5 --batch_size 8"]),

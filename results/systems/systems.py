@@ -10,9 +10,8 @@ records are beside this file, NAME-SEED (results/study.py says what is in them);
 tables that tables.py makes from them.
 
 All systems use the default encoder with mean pooling. The fine-tuned ones have a peak learning
-rate of 2e-4 (the best of 1e-4, 2e-4 and 4e-4 on 5c with a seed of its own), 1f half of it; the
-frozen ones have the reports' 1e-3. Two evaluations each, half way and at the end; annealed systems
-have four.
+rate of 2e-4 (the best of three in results/search/), 1f half of it; the frozen ones have the
+reports' 1e-3. Two evaluations each, half way and at the end; annealed systems have four.
 """
 import sys
 from pathlib import Path
@@ -44,6 +43,7 @@ ANNEALED = f"{FINETUNE} {ANNEALED_STEPS} --schedule annealed --pair_head cross {
 MIXED = f"{FINETUNE} {MIXED_STEPS} --schedule mixed --pair_head cross"
 MIXED_YELP = f"{FINETUNE} {MIXED_YELP_STEPS} --schedule mixed --pair_head cross"
 
+QUORA_PARTS = (4, 16, 64)  # 2g: this part of the Quora pairs, 1/4 and so on
 PRETRAINING = {
     "mlm": "--lr 1e-4 --epochs 3 --epoch_length 500",
     "mlm-fast": "--lr 1e-3 --epochs 3 --epoch_length 500",
@@ -52,87 +52,80 @@ SYSTEMS = {
     "1a": System("sentiment alone", f"{FINETUNE} {ONE_TASK_STEPS} {SST_ALONE} --pair_head uv_diff",
                  (.416, .376, .019)),
     "1b": System("round robin, [u; v; abs(u - v)]", f"{FINETUNE} {STEPS} --pair_head uv_diff",
-                 (.485, .853, .635), {"1a": "the pair tasks"}),
+                 (.485, .853, .635)),
     "1c": System("1b after MLM pretraining", f"{FINETUNE} {STEPS} --pair_head uv_diff",
-                 (.509, .815, .677), {"1b": "MLM pretraining"}, "mlm"),
+                 (.509, .815, .677), start="mlm"),
     "1d": System("1b with PCGrad", f"{FINETUNE} {STEPS} --pair_head uv_diff --pcgrad",
-                 (.485, .840, .660), {"1b": "PCGrad"}),
+                 (.485, .840, .660)),
     "1e": System("1c with PCGrad", f"{FINETUNE} {STEPS} --pair_head uv_diff --pcgrad",
-                 (.469, .844, .650), {"1b": "both", "1c": "PCGrad", "1d": "MLM pretraining"},
-                 "mlm"),
+                 (.469, .844, .650), start="mlm"),
     "1f": System("1b, half the rate, twice the batch, dropout .5",
                  "--option finetune --lr 1e-4 --epochs 2 --epoch_length 125 --batch_size 40 "
                  "--hidden_dropout_prob 0.5 --pair_head uv_diff",
-                 (.506, .796, .632), {"1b": "rate, batch, dropout"}),
+                 (.506, .796, .632)),
     "2a": System("sentiment alone", "", (.511, None, None), same_as="1a"),
     "2a-frozen": System("frozen, sentiment alone", "", (.416, None, None), same_as="3a"),
     "2a-cfimdb": System("CFIMDB alone", f"{FINETUNE} {ONE_TASK_STEPS} --tasks cfimdb",
-                        (.963, None, None), {"2a-cfimdb-frozen": "fine-tuning"}),
+                 (.963, None, None)),
     "2a-cfimdb-frozen": System("frozen, CFIMDB alone", f"{FROZEN} {ONE_TASK_STEPS} --tasks cfimdb",
-                               (.780, None, None)),
+                 (.780, None, None)),
     "2b": System("sentiment alone", "", (.262, .375, .001), same_as="1a"),
-    "2c": System("in turn, [u; v]", f"{IN_TURN} --pair_head uv",
-                 (.478, .811, .403), {"2b": "the pair tasks"}),
-    "2d": System("MT-DNN's schedule, up-sampled", MTDNN,
-                 (.511, .522, .395), {"2c": "MT-DNN's schedule"}),
+    "2c": System("in turn, [u; v]", f"{IN_TURN} --pair_head uv", (.478, .811, .403)),
+    "2d": System("MT-DNN's schedule, up-sampled", MTDNN, (.511, .522, .395)),
     "2e": System("2c after MLM pretraining at 1e-3", f"{IN_TURN} --pair_head uv",
-                 (.506, .806, .442), {"2c": "MLM pretraining"}, "mlm-fast"),
+                 (.506, .806, .442), start="mlm-fast"),
     "2f": System("2e with a cosine for sts", f"{IN_TURN} --pair_head para=uv,sts=cosine",
-                 (.502, .807, .403), {"2e": "a cosine for sts"}, "mlm-fast"),
+                 (.502, .807, .403), start="mlm-fast"),
     # 2g: 2c and 2d as the Quora set shrinks
-    **{f"{name}-{part}": System(f"{name}, {share} of the pairs", f"{flags} --limit para={share}")
+    **{f"{name}-{part}th": System(f"{name}, 1/{part} of the pairs",
+                                  f"{flags} --limit para={1 / part}")
        for name, flags in (("2c", f"{IN_TURN} --pair_head uv"), ("2d", MTDNN))
-       for part, share in (("4th", 1 / 4), ("16th", 1 / 16), ("64th", 1 / 64))},
+       for part in QUORA_PARTS},
     "3a": System("frozen, sentiment alone", f"{FROZEN} {ONE_TASK_STEPS} {SST_ALONE} {REPORT_3}",
                  (.415, .609, -.072)),
     "3b": System("sentiment alone, dropout .1",
                  f"{FINETUNE} {ONE_TASK_STEPS} {SST_ALONE} {REPORT_3}",
-                 (.529, .381, .246), {"3a": "fine-tuning"}),
+                 (.529, .381, .246)),
     "3c": System("3b with SMART and the proximal term",
                  f"{FINETUNE} {ONE_TASK_STEPS} {SST_ALONE} {REPORT_3} {SMART}",
-                 (.518, .371, .307), {"3b": "SMART, proximal term"}),
+                 (.518, .371, .307)),
     "3d": System("round robin, cosine for sts", f"{FINETUNE} {STEPS} {REPORT_3}",
-                 (.500, .695, .496), {"3b": "the pair tasks"}),
+                 (.500, .695, .496)),
     "3e": System("3d with SMART and the proximal term", f"{FINETUNE} {STEPS} {REPORT_3} {SMART}",
-                 (.505, .719, .567), {"3d": "SMART, proximal term"}),
+                 (.505, .719, .567)),
     "4a": System("frozen, pairs apart: [u; v], a cosine for sts",
                  f"{FROZEN} --epochs 2 --epoch_length 375 --batch_size 20 --tasks sst,para "
                  f"--score_also sts --pair_head para=uv,sts=cosine {REPORT_4}",
                  (.383, .519, .101)),
     "4b": System("4a cross-encoded", f"{FROZEN} {STEPS} --pair_head cross {REPORT_4}",
-                 (.383, .622, .428), {"4a": "cross-encoding"}),
+                 (.383, .622, .428)),
     "4c": System("round robin, cross-encoded", f"{FINETUNE} {STEPS} --pair_head cross {REPORT_4}",
-                 (.451, .766, .813), {"4b": "fine-tuning"}),
-    "4d": System("4c, annealed", ANNEALED, (.469, .805, .822), {"4c": "annealing"}),
-    "4e": System("4d with the heads of 4b", ANNEALED, (.488, .805, .841),
-                 {"4d": "the heads of 4b"}, "4b"),
+                 (.451, .766, .813)),
+    "4d": System("4c, annealed", ANNEALED, (.469, .805, .822)),
+    "4e": System("4d with the heads of 4b", ANNEALED, (.488, .805, .841), start="4b"),
     "4e-pal": System("4e with low-rank layers per task", f"{ANNEALED} --pal --pal_g identity",
-                     (.492, .810, .843), {"4e": "low-rank layers"}, "4b"),
+                     (.492, .810, .843), start="4b"),
     "4f": System("4e-pal with SMART",
                  f"{ANNEALED} --pal --pal_g identity --smart --smart_eps 1e-6 --smart_sigma 3.2e-3",
-                 (.506, .818, .875), {"4e-pal": "SMART"}, "4b"),
+                 (.506, .818, .875), start="4b"),
     "5a": System("frozen, cross-encoded", f"{FROZEN} {STEPS} --pair_head cross",
                  (.390, .702, .457)),
     "5b": System("in turn, an optimizer per task",
                  f"{IN_TURN} --tasks para,sst,sts --optimizer_per_task --pair_head cross",
-                 (.510, .877, .830), {"5a": "fine-tuning"}),
-    "5c": System("in proportion to the sets", MIXED,
-                 (.524, .872, .855), {"5b": "mixed batches, one optimizer"}),
-    "5c-.5": System("5c with dropout .5", f"{MIXED} --hidden_dropout_prob 0.5",
-                    (.505, .872, .849), {"5c": "dropout .5"}),
-    "5d": System("5c with PCGrad", f"{MIXED} --pcgrad", (.515, .871, .849), {"5c": "PCGrad"}),
+                 (.510, .877, .830)),
+    "5c": System("in proportion to the sets", MIXED, (.524, .872, .855)),
+    "5c-.5": System("5c with dropout .5", f"{MIXED} --hidden_dropout_prob 0.5", (.505, .872, .849)),
+    "5d": System("5c with PCGrad", f"{MIXED} --pcgrad", (.515, .871, .849)),
     "5d-.5": System("5d with dropout .5", f"{MIXED} --pcgrad --hidden_dropout_prob 0.5",
-                    (.513, .877, .855), {"5c-.5": "PCGrad", "5d": "dropout .5"}),
-    "5e": System("5c with Yelp reviews", MIXED_YELP, (.510, .875, .851), {"5c": "Yelp reviews"}),
+                 (.513, .877, .855)),
+    "5e": System("5c with Yelp reviews", MIXED_YELP, (.510, .875, .851)),
     "5e-.5": System("5e with dropout .5", f"{MIXED_YELP} --hidden_dropout_prob 0.5",
-                    (.501, .877, .846), {"5c-.5": "Yelp reviews", "5e": "dropout .5"}),
+                 (.501, .877, .846)),
     "5f": System("frozen, a cosine for para alone",
                  f"{FROZEN} {ONE_TASK_STEPS} --tasks para --pair_head cosine"),
-    "5g": System("5e with PCGrad on four gradients", f"{MIXED_YELP} --pcgrad",
-                 base={"5d": "Yelp reviews", "5e": "PCGrad"}),
+    "5g": System("5e with PCGrad on four gradients", f"{MIXED_YELP} --pcgrad"),
     "5g-2": System("5e with PCGrad on two gradients: the sum of the three, Yelp",
-                   f"{MIXED_YELP} --pcgrad sst+para+sts,yelp",
-                   base={"5d": "Yelp reviews", "5e": "PCGrad"}),
+                   f"{MIXED_YELP} --pcgrad sst+para+sts,yelp"),
 }
 STUDY = study.Study(HERE, SYSTEMS, PRETRAINING)
 
@@ -143,8 +136,9 @@ def show(study_, name, seed):
     print(f"# {name[:2]}, {what}, at its report's settings; not run here at this size")
     print("\n".join(commands))
     print("# at the budget of results/systems/README.md")
-    for part in [name] if name in SYSTEMS else [key for key in SYSTEMS if key[2:].endswith("th")]:
-        study.show(study_, part, seed)
+    shrunk = [f"{base}-{part}th" for base in ("2c", "2d") for part in QUORA_PARTS]
+    for each in shrunk if name == "2g" else [name]:
+        study.show(study_, each, seed)
 
 
 if __name__ == "__main__":

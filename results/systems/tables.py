@@ -14,8 +14,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from claims import CLAIMS  # noqa: E402
 from results.scores import (TASKS, cell, difference, least_difference, overall,  # noqa: E402
-                            read_records, scores, spread, table, trained_scores, write_tables)
-from systems import SYSTEMS  # noqa: E402
+                            read_records, scores, spread, table, trained_scores, verdict,
+                            write_tables)
+from systems import QUORA_PARTS, SYSTEMS  # noqa: E402
 
 PAGE = HERE / "README.md"
 FRONT_PAGE = HERE.parents[1] / "README.md"
@@ -23,7 +24,7 @@ FRONT = {"4b": "frozen encoder, each pair as one sequence",
          "1b": "each sentence encoded alone, as u and v; linear layer on [u; v; abs(u - v)]",
          "1d": "the same, with gradient surgery (PCGrad)",
          "4c": "each pair as one sequence, without surgery"}
-QUORA_SHARES = {"": 1, "-4th": 1 / 4, "-16th": 1 / 16, "-64th": 1 / 64}  # of 2c and 2d
+QUORA_SHARES = {"": 1, **{f"-{part}th": 1 / part for part in QUORA_PARTS}}  # of 2c and 2d
 BEST_OF_REPORTS = (0.513, 0.877, 0.870)  # report 5's figures of the leaderboard, on dev
 COLORS = {"sst": "tab:blue", "para": "tab:orange", "sts": "tab:green"}
 
@@ -70,7 +71,7 @@ def score_cell(system, records, task):
     """A score, in brackets where the task is not trained."""
     if records[0].trains(task):
         return cell(scores(records, task))
-    # a system that shares another's weights has no untrained heads of its own
+    # a system that has the weights of another one would have other untrained heads
     untrained = [] if system.same_as else scores(records, task)
     return f"({cell(untrained)})" if untrained else ""
 
@@ -82,40 +83,35 @@ def cfimdb_table(found):
     return table(("system", "what it is", "seeds", "cfimdb", "report 3"), rows)
 
 
-def values_of(records, task):
-    """The scores of a task that is trained, or overall_2023."""
-    return overall(records) if task == "overall_2023" else trained_scores(records, task)
+def values_of(records, what):
+    """A quantity of each run, none where it does not train the task.
+
+    what: "sst", "para", "sts" or "overall_2023"; "sst gap": train minus dev, how much it over-fits;
+    "F1 of para"; "F1 of sst 0": of that class.
+    """
+    if what == "overall_2023":
+        return overall(records)
+    if what.startswith("F1 of "):
+        task, label = (what.split()[2:] + ["positive"])[:2]
+        return [record.best["f1"][task][label] for record in records if record.trains(task)]
+    task, _, gap = what.partition(" ")
+    counted = [record for record in records
+               if record.trains(task) or record.has_no_weights_for(task)]
+    if not gap:
+        return scores(counted, task)
+    return [on_train - on_dev for on_train, on_dev in zip(scores(counted, task, "train"),
+                                                          scores(counted, task))]
 
 
-def gaps_of(records, task):
-    """Train minus dev: how much a system over-fits."""
-    trained = [record for record in records if record.trains(task)]
-    return [on_train - on_dev for on_train, on_dev in zip(scores(trained, task, "train"),
-                                                          scores(trained, task))]
-
-
-def f1_of(records, task):
-    """F1 of paraphrase, or of sst the mean over its classes."""
-    key = {"para": "positive", "sst": "macro"}.get(task)
-    return [record.best["f1"][task][key] for record in records if key and record.trains(task)]
-
-
-MEASURES = {"score": values_of, "gap": gaps_of, "F1": f1_of}
-
-
-def spreads(found):
-    """{(measure, task): (standard deviation over seeds, degrees of freedom)}, pooled over the
-    fine-tuned systems that have several seeds."""
-    several = [records for name, records in found.items() if len(records) > 1
-               and is_finetuned(name) and not SYSTEMS[name].same_as]
-    return {(measure, task): spread([of(records, task) for records in several])
-            for measure, of in MEASURES.items() for task in (*TASKS, "overall_2023")
-            if task in TASKS or measure == "score"}
+def spread_of(found, what):
+    """(standard deviation over seeds, degrees of freedom) of a quantity, pooled over the fine-tuned
+    systems that have several seeds."""
+    return spread([values_of(records, what) for name, records in found.items()
+                   if is_finetuned(name) and not SYSTEMS[name].same_as])
 
 
 def spread_table(found):
-    pooled = {task: value for (measure, task), value in spreads(found).items()
-              if measure == "score"}
+    pooled = {what: spread_of(found, what) for what in (*TASKS, "overall_2023")}
     if not all(freedom for _, freedom in pooled.values()):
         return []
     rows = [("standard deviation over seeds", *(f"{value:.4f}" for value, _ in pooled.values())),
@@ -127,48 +123,47 @@ def spread_table(found):
     return table(("", *pooled), rows)
 
 
-def differences_table(found):
-    """What each addition of a report did there and here."""
-    pooled, rows = spreads(found), []
-    for name in found:
-        for base, added in SYSTEMS[name].base.items():
-            if base in found and "cfimdb" not in name:
-                cells = (difference_cell(found, base, name, task, pooled) for task in TASKS)
-                rows.append((f"{base}, {name}", added, *cells))
-    return table(("from, to", "what is added", *(f"{task}: report, here" for task in TASKS)), rows)
+def claims_table(found):
+    """What the reports conclude, beside what these runs show."""
+    rows = []
+    for claim in CLAIMS:
+        if claim.base in found and claim.system in found:
+            there = {what: claimed(claim, what) for what in claim.what}
+            here = {what: measured(found, claim, what) for what in claim.what}
+            rows.append((claim.report, claim.says, f"{claim.base}, {claim.system}",
+                         lines_of_cell(there), lines_of_cell(here), claim.here))
+    return table(("report", "it says", "from, to", "difference there", "difference here",
+                  "what these runs show"), rows)
 
 
-def difference_cell(found, base, name, task, pooled, measure="score", theirs=None):
-    """The report's difference and ours, and whether ours is significant."""
-    here, significant = measured(found, base, name, task, pooled, measure)
-    if here is None:
-        return "not trained in both"
-    theirs = claimed(base, name, task) if theirs is None else theirs
-    both = f"{'-' if theirs is None else f'{theirs:+.3f}'}, {here:+.3f}"
-    return both + {None: "", False: " n.s.", True: " **significant**"}[significant]
+def lines_of_cell(differences):
+    return "<br>".join(f"{what} {value}" for what, value in differences.items() if value)
 
 
-def claimed(base, name, task):
-    """The report's difference; None where it has no score for one of the two."""
-    before, after = (report_score(SYSTEMS[each], task) for each in (base, name))
-    return None if before is None or after is None else after - before
+def claimed(claim, what):
+    """The report's difference; empty where it has no score for one of the two."""
+    before, after = (report_score(SYSTEMS[name], what) for name in (claim.base, claim.system))
+    there = claim.theirs.get(what)
+    if before is not None and after is not None:
+        there = after - before
+    return "" if there is None else f"{there:+.3f}"
 
 
-def report_score(system, task):
-    if task != "overall_2023":
-        return system.report[TASKS.index(task)]
-    return None if None in system.report else mean(system.report)
+def report_score(system, what):
+    if what == "overall_2023":
+        return None if None in system.report else mean(system.report)
+    return system.report[TASKS.index(what)] if what in TASKS else None
 
 
-def measured(found, base, name, task, pooled, measure):
-    """(our difference, whether it is significant). (None, None) where one of the two does not train
-    the task. No test where the system is frozen: the spread is that of fine-tuned ones."""
-    of = MEASURES[measure]
-    theirs, ours = of(found[base], task), of(found[name], task)
+def measured(found, claim, what):
+    """Our difference, and whether it is significant; empty where one of the two does not train the
+    task. No test between two frozen systems: the spread is that of fine-tuned ones, which is
+    larger."""
+    theirs, ours = (values_of(found[name], what) for name in (claim.base, claim.system))
     if not ours or not theirs:
-        return None, None
-    here, significant = difference(ours, theirs, *pooled[measure, task])
-    return here, significant if is_finetuned(name) else None
+        return ""
+    here, least = difference(ours, theirs, *spread_of(found, what))
+    return verdict(here, least if is_finetuned(claim.system) else None)
 
 
 def quora_table(found):
@@ -178,34 +173,19 @@ def quora_table(found):
         pair = [found.get(f"{name}{part}") for name in ("2c", "2d")]
         if all(pair):
             accuracy = [mean(scores(records, "para")) for records in pair]
-            f1 = [mean(f1_of(records, "para")) for records in pair]
+            f1 = [mean(values_of(records, "F1 of para")) for records in pair]
             others = [mean(scores(records, task)) for records in pair for task in ("sst", "sts")]
-            rows.append((f"{share:.4g}", *(f"{x:.3f}" for x in accuracy + f1),
+            rows.append((f"1/{1 / share:.0f}", *(f"{x:.3f}" for x in accuracy + f1),
                          f"{f1[0] - f1[1]:+.3f}", *(f"{x:.3f}" for x in others)))
     return table(("share of the pairs", "para 2c", "para 2d", "F1 2c", "F1 2d", "F1 2c - 2d",
                   "sst 2c", "sts 2c", "sst 2d", "sts 2d"), rows)
 
 
-def claims_table(found):
-    """What the reports conclude, beside what these runs show."""
-    pooled, rows = spreads(found), []
-    for claim in CLAIMS:
-        if claim.base in found and claim.system in found:
-            what = "" if claim.measure == "score" else f" {claim.measure}"
-            cells = [f"{task}{what} " + difference_cell(
-                found, claim.base, claim.system, task, pooled, claim.measure,
-                claim.theirs.get(task)) for task in claim.tasks.split()]
-            rows.append((claim.report, claim.says, f"{claim.base}, {claim.system}",
-                         "<br>".join(cells), claim.here))
-    return table(("report", "it says", "from, to", "difference: report, here",
-                  "what these runs show"), rows)
-
-
 def all_tables(found):
     """{name in README.md: the lines of a table}."""
     return {"scores": scores_table(found), "cfimdb": cfimdb_table(found),
-            "spread": spread_table(found), "differences": differences_table(found),
-            "quora": quora_table(found), "claims": claims_table(found)}
+            "spread": spread_table(found), "claims": claims_table(found),
+            "quora": quora_table(found)}
 
 
 # ---------------------------------------------------------------- pictures
@@ -215,7 +195,8 @@ def draw_systems(found):
     names = [name for name in found if "cfimdb" not in name and not SYSTEMS[name].same_as
              and not name.startswith(("2c-", "2d-"))]
     figure = Figure(figsize=(11, 0.24 * len(names) + 1), layout="constrained")
-    for axes, task in zip(figure.subplots(1, 3, sharey=True), TASKS):
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, task in zip(panels, TASKS):
         for i, name in enumerate(names):
             values = trained_scores(found[name], task)
             axes.plot(values, [i] * len(values), "o", ms=5, alpha=0.8, color=COLORS[task])
@@ -225,10 +206,10 @@ def draw_systems(found):
         axes.set(title=f"{task}, {'Pearson r' if task == 'sts' else 'accuracy'}")
         axes.grid(alpha=0.3)
         axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.plot([], [], "o", color="black", label="here, a dot per seed")
-    axes.plot([], [], "o", mfc="none", color="gray", label="the report")
-    axes.legend(loc="lower left", fontsize="small")
+    panels[0].invert_yaxis()  # the three share it
+    panels[2].plot([], [], "o", color="black", label="here, a dot per seed")
+    panels[2].plot([], [], "o", mfc="none", color="gray", label="the report")
+    panels[2].legend(loc="lower left", fontsize="small")
     return figure
 
 
