@@ -40,8 +40,8 @@ def phrases_of(tree):
 
 
 def training_phrases(splits):
-    """The different phrases of {"train", "dev", "test": trees}, in the order of the trees. A phrase
-    that is a whole sentence of dev or test is left out."""
+    """The (phrase, label) pairs of {"train", "dev", "test": trees}, each once, in the order of the
+    trees. A phrase that is a whole sentence of dev or test is left out."""
     held_out = {phrases_of(tree)[-1][0].lower() for split in ("dev", "test")
                 for tree in splits[split]}
     found = dict.fromkeys(phrase for tree in splits["train"] for phrase in phrases_of(tree))

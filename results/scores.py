@@ -29,6 +29,10 @@ class Record:
     def trains(self, *tasks):
         return set(tasks) <= set(self.args["trained"])
 
+    def has_no_weights_for(self, task):
+        """Its head is 5 cos(u, v), so that its score counts also where the task is not trained."""
+        return task == "sts" and self.args["pair_head"].get("sts") == "cosine"
+
 
 def read_records(folder, name):
     """The records NAME-SEED in a folder, in the order of their seeds."""
@@ -46,7 +50,7 @@ def scores(records, task, split="dev"):
 
 
 def trained_scores(records, task):
-    """The same; none where the task is not trained."""
+    """The score of each run that trains the task."""
     return scores([record for record in records if record.trains(task)], task)
 
 
@@ -73,12 +77,10 @@ def least_difference(deviation, freedom, seeds, other_seeds):
 
 
 def difference(ours, theirs, deviation, freedom):
-    """(mean(ours) - mean(theirs), whether it is significant; None where no system has several
-    seeds)."""
-    here = mean(ours) - mean(theirs)
-    if not freedom:
-        return here, None
-    return here, bool(abs(here) > least_difference(deviation, freedom, len(ours), len(theirs)))
+    """(mean(ours) - mean(theirs), the least difference that is significant; None where no system
+    has several seeds)."""
+    least = freedom and least_difference(deviation, freedom, len(ours), len(theirs))
+    return mean(ours) - mean(theirs), least or None
 
 
 # ---------------------------------------------------------------- tables
@@ -88,6 +90,13 @@ def cell(values):
     if not values:
         return ""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def verdict(here, least):
+    """A difference in words, for example `+0.012 ± 0.020 n.s.`"""
+    if least is None:
+        return f"{here:+.3f}"
+    return f"{here:+.3f} ± {least:.3f} {'**significant**' if abs(here) > least else 'n.s.'}"
 
 
 def with_train(records):

@@ -1,9 +1,11 @@
-"""A study: systems that are trained by one command each and leave a record. For results/systems/
-and results/search/.
+"""A study: systems that are trained by one command each and leave a record. For results/systems/,
+results/search/ and results/recipe/.
 
-A record is a folder NAME-SEED beside the study's script with command.txt, args.json, metrics.jsonl
-and environment.json. `DATA` stands in it for the folder of the data. A system whose record exists
-is not trained again, and a run that was interrupted is resumed.
+A record is a folder NAME-SEED beside the study's script. command.txt in it has the commands that
+made the run; where there are several, the last trains the system and the others what it starts
+from. `DATA` stands for the folder of the data. args.json, metrics.jsonl and environment.json are
+those of the last command. A system whose record exists is not trained again, and a run that was
+interrupted is resumed.
 """
 import argparse
 import hashlib
@@ -17,6 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from support.files import InputError
+from support.run import exit_status
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -25,7 +30,6 @@ class System:
     what: str
     flags: str  # of multitask_classifier.py
     report: tuple = (None, None, None)  # the report's own dev scores: sst (or CFIMDB), para, sts
-    base: dict = field(default_factory=dict)  # {a system that it adds something to: what that is}
     start: str | None = None  # a system, or a pretraining of the study, that it starts from
     same_as: str | None = None  # a system that trains the same weights
 
@@ -59,15 +63,16 @@ def command_of(study, name, seed, machine=" --amp"):
             f"--name {runs}/{name}-{seed} --data_dir DATA")
 
 
+def commands_of(study, name, seed, machine=" --amp"):
+    """{name: command} of what a system starts from and, last, of the system."""
+    start = study.systems[name].start if name in study.systems else None
+    before = commands_of(study, start, seed, machine) if start else {}
+    return {**before, name: command_of(study, name, seed, machine)}
+
+
 def show(study, name, seed):
-    """Print the commands of a system, those that it starts from first."""
-    name = study.systems[name].same_as or name
-    start = study.systems[name].start
-    if start in study.systems:
-        show(study, start, seed)
-    elif start:
-        print(command_of(study, start, seed))
-    print(command_of(study, name, seed))
+    """Print the commands of a system."""
+    print("\n".join(commands_of(study, study.systems[name].same_as or name, seed).values()))
 
 
 # ---------------------------------------------------------------- training
@@ -79,27 +84,35 @@ def run(study, name, seed, data_dir, machine):
     if kept.exists():
         print(f"{name}, seed {seed}: the record exists")
         return
-    folder = train(study, name, seed, data_dir, machine)
-    keep(folder, kept, command_of(study, name, seed, machine), data_dir)
+    commands = commands_of(study, name, seed, machine)
+    for each, command in commands.items():
+        folder = PROJECT / "runs" / study.folder.name / f"{each}-{seed}"
+        train(command, folder, data_dir)
+    keep(folder, kept, commands.values(), data_dir)
 
 
-def train(study, name, seed, data_dir, machine):
-    """Train a system or a pretraining, after what it starts from. Returns the folder of the run."""
-    folder = PROJECT / "runs" / study.folder.name / f"{name}-{seed}"
+def train(command, folder, data_dir):
+    """Run a command in the project's folder, unless it was. folder: of the run.
+
+    The command is kept beside the folder, so that a run of another command, or on other data, is
+    neither resumed nor taken for this one. Raises InputError there.
+    """
+    words = [word.replace("DATA", str(data_dir)) for word in command.split()]
+    typed = folder.with_name(f"{folder.name}.txt")
+    if folder.exists() and typed.exists() and typed.read_text() != " ".join(words):
+        raise InputError(f"{folder} is a run of another command ({typed}); move it away")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    typed.write_text(" ".join(words))
+
     if (folder / "environment.json").exists():  # which is written last
-        return folder
-    if name in study.systems and study.systems[name].start:
-        train(study, study.systems[name].start, seed, data_dir, machine)
-
+        return
     surroundings = environment(data_dir)
-    command = command_of(study, name, seed, machine)
     print(command, flush=True)
-    flags = command.replace("DATA", str(data_dir)).split()[2:]
-    if folder.exists():
-        flags = ["--resume", str(folder)]
-    subprocess.run([sys.executable, command.split()[1], *flags], cwd=PROJECT, check=True)
+    flags = ["--resume", str(folder)] if folder.exists() else words[2:]
+    status = subprocess.run([sys.executable, words[1], *flags], cwd=PROJECT).returncode
+    if status:  # the script has said why
+        sys.exit(status)
     (folder / "environment.json").write_text(json.dumps(surroundings, indent=2) + "\n")
-    return folder
 
 
 def processor():
@@ -122,13 +135,13 @@ def environment(data_dir):
             "cpu_capability": torch.backends.cpu.get_cpu_capability(), "sha256": digests}
 
 
-def keep(folder, kept, command, data_dir):
+def keep(folder, kept, commands, data_dir):
     """Keep the record `kept` of the run in `folder`, without what belongs to this machine."""
     args = json.loads((folder / "args.json").read_text().replace(str(data_dir), "DATA"))
     args.pop("folder")
     new = kept.with_name(f".{kept.name}")
     new.mkdir(exist_ok=True)
-    (new / "command.txt").write_text(command + "\n")
+    (new / "command.txt").write_text("\n".join(commands) + "\n")
     (new / "args.json").write_text(json.dumps(args, indent=2) + "\n")
     for file in ("metrics.jsonl", "environment.json"):
         (new / file).write_text((folder / file).read_text())
@@ -161,6 +174,9 @@ def main(study, description, show=show, names=None, write_tables=None):
         show(study, args.system, seed=1)
         return
     machine = (" --use_gpu" if args.use_gpu else "") + ("" if args.float32 else " --amp")
-    for seed in args.seeds:
-        for name in args.systems:
-            run(study, name, seed, args.data_dir.resolve(), machine)
+
+    def run_all(_):
+        for seed in args.seeds:
+            for name in args.systems:
+                run(study, name, seed, args.data_dir.resolve(), machine)
+    sys.exit(exit_status(run_all))

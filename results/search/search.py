@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from results import study  # noqa: E402
 from results.scores import (TASKS, difference, overall, read_records, spread, table,  # noqa: E402
-                            with_train, write_tables)
+                            verdict, with_train, write_tables)
 from results.study import System  # noqa: E402
 
 # the defaults: 1,000 updates of 16, 32 and 12 examples
@@ -53,8 +53,7 @@ def tables(folder=HERE):
     for name in SEARCH:
         over = ""
         if found[name] and name != "default":
-            more, significant = difference(overall(found[name]), overall(found["default"]), *pooled)
-            over = f"{more:+.3f}{' significant' if significant else ' n.s.'}"
+            over = verdict(*difference(overall(found[name]), overall(found["default"]), *pooled))
         if found[name]:
             rows.append((name, SEARCH[name].what, *with_train(found[name]), over))
     head = ("system", "what it is", "seeds", *(f"{task} (train)" for task in TASKS), "overall_2023")
