@@ -25,6 +25,7 @@ FRONT = {"4b": "frozen encoder, each pair as one sequence",
          "1d": "the same, with gradient surgery (PCGrad)",
          "4c": "each pair as one sequence, without surgery"}
 QUORA_SHARES = {"": 1, **{f"-{part}th": 1 / part for part in QUORA_PARTS}}  # of 2c and 2d
+PAIRS = ("sst-para", "sst-sts", "para-sts")
 BEST_OF_REPORTS = (0.513, 0.877, 0.870)  # report 5's figures of the leaderboard, on dev
 COLORS = {"sst": "tab:blue", "para": "tab:orange", "sts": "tab:green"}
 
@@ -181,11 +182,30 @@ def quora_table(found):
                   "sst 2c", "sts 2c", "sst 2d", "sts 2d"), rows)
 
 
+def gradients_table(found):
+    """What surgery measured between the tasks' gradients: means over steps and seeds."""
+    rows = []
+    for name in ("1d", "5d"):
+        steps = [line for record in found.get(name, []) for line in record.steps]
+        for pair in PAIRS:
+            measured = [(line["epoch"], line["gradients"]) for line in steps
+                        if pair in line["gradients"]["cosine"]]
+            if measured:
+                cosines = [mean(each["cosine"][pair] for epoch, each in measured if epoch == half)
+                           for half in (1, 2)]
+                others = [mean(each[key][pair] for _, each in measured)
+                          for key in ("conflict", "magnitude_similarity")]
+                rows.append((name, pair, *(f"{x:.3f}" for x in cosines),
+                             *(f"{x:.2f}" for x in others)))
+    return table(("system", "tasks", "cosine, first half", "cosine, second half",
+                  "share of steps in conflict", "magnitude similarity"), rows)
+
+
 def all_tables(found):
     """{name in README.md: the lines of a table}."""
     return {"scores": scores_table(found), "cfimdb": cfimdb_table(found),
             "spread": spread_table(found), "claims": claims_table(found),
-            "quora": quora_table(found)}
+            "quora": quora_table(found), "gradients": gradients_table(found)}
 
 
 # ---------------------------------------------------------------- pictures
@@ -230,7 +250,7 @@ def draw_quora(found):
 def draw_cosines(found):
     """The cosines between the tasks' gradients under PCGrad, a line per seed."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    for axes, pair in zip(figure.subplots(1, 3, sharey=True), ("sst-para", "sst-sts", "para-sts")):
+    for axes, pair in zip(figure.subplots(1, 3, sharey=True), PAIRS):
         for name, color in (("1d", "tab:purple"), ("5d", "tab:brown")):
             for i, record in enumerate(found.get(name, [])):
                 lines = [line for line in record.steps if pair in line["gradients"]["cosine"]]
