@@ -112,6 +112,20 @@ def table(head, rows):
     return [f"| {' | '.join(map(str, cells))} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
+def table_over(base, systems, found):
+    """A table of the systems of a study that have records, with their difference in overall_2023
+    from the system `base`. systems: {name: System}. found: {name: its records}."""
+    pooled = spread([overall(found[name]) for name in systems])
+    rows = []
+    for name, system in systems.items():
+        if found[name]:
+            over = "" if name == base else verdict(*difference(
+                overall(found[name]), overall(found[base]), *pooled))
+            rows.append((name, system.what, *with_train(found[name]), over))
+    return table(("system", "what it is", "seeds", *(f"{task} (train)" for task in TASKS),
+                  "overall_2023", f"over {base}"), rows)
+
+
 def write_tables(page, tables):
     """Replace the table below each line `<!-- NAME -->` of a page. tables: {NAME: its lines}."""
     text = page.read_text(encoding="utf-8")

@@ -14,8 +14,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from results import study  # noqa: E402
-from results.scores import (TASKS, difference, overall, read_records, spread, table,  # noqa: E402
-                            verdict, with_train, write_tables)
+from results.scores import (TASKS, read_records, table, table_over, with_train,  # noqa: E402
+                            write_tables)
 from results.study import System  # noqa: E402
 
 # the defaults: 1,000 updates of 16, 32 and 12 examples
@@ -47,18 +47,9 @@ STUDY = study.Study(HERE, {**SEARCH, **RATES}, {"mlm": "--lr 1e-4 --epochs 3 --e
 def tables(folder=HERE):
     """{name in README.md: the lines of a table}."""
     found = {name: read_records(folder, name) for name in STUDY.systems}
-    pooled = spread([overall(found[name]) for name in SEARCH])
-
-    rows = []
-    for name in SEARCH:
-        over = ""
-        if found[name] and name != "default":
-            over = verdict(*difference(overall(found[name]), overall(found["default"]), *pooled))
-        if found[name]:
-            rows.append((name, SEARCH[name].what, *with_train(found[name]), over))
-    head = ("system", "what it is", "seeds", *(f"{task} (train)" for task in TASKS), "overall_2023")
     rates = [(RATES[name].what, *with_train(found[name])) for name in RATES if found[name]]
-    return {"search": table((*head, "over the defaults"), rows), "rates": table(head[1:], rates)}
+    head = ("what it is", "seeds", *(f"{task} (train)" for task in TASKS), "overall_2023")
+    return {"search": table_over("default", SEARCH, found), "rates": table(head, rates)}
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def front_table(found):
     """A few systems, for a reader who does not know the reports."""
     rows = [(what, *(cell(scores(found[name], task)) for task in TASKS))
             for name, what in FRONT.items() if name in found]
-    rows.append(("for comparison: the best student report, with bert-base-uncased (110M) on a GPU",
+    rows.append(("for comparison: the best report's leaderboard entry, bert-base-uncased (110M) on a GPU",
                  *(f"{score:.3f}" for score in BEST_OF_REPORTS)))
     return table(("", "sentiment (`sst`), accuracy", "paraphrase (`para`), accuracy",
                   "similarity (`sts`), Pearson r"), rows)
