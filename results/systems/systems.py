@@ -53,6 +53,10 @@ SYSTEMS = {
                  (.416, .376, .019)),
     "1b": System("round robin, [u; v; abs(u - v)]", f"{FINETUNE} {STEPS} --pair_head uv_diff",
                  (.485, .853, .635)),
+    # beside the reports: other heads in 1b, for the first table of the project's README
+    "1b-uv": System("1b with [u; v]", f"{FINETUNE} {STEPS} --pair_head uv"),
+    "1b-cosine": System("1b with cosines", f"{FINETUNE} {STEPS} --pair_head cosine"),
+    "1b-cross": System("1b cross-encoded", f"{FINETUNE} {STEPS} --pair_head cross"),
     "1c": System("1b after MLM pretraining", f"{FINETUNE} {STEPS} --pair_head uv_diff",
                  (.509, .815, .677), start="mlm"),
     "1d": System("1b with PCGrad", f"{FINETUNE} {STEPS} --pair_head uv_diff --pcgrad",

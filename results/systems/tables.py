@@ -20,10 +20,12 @@ from systems import QUORA_PARTS, SYSTEMS  # noqa: E402
 
 PAGE = HERE / "README.md"
 FRONT_PAGE = HERE.parents[1] / "README.md"
-FRONT = {"4b": "frozen encoder, each pair as one sequence",
-         "1b": "each sentence encoded alone, as u and v; linear layer on [u; v; abs(u - v)]",
+FRONT = {"5a": "frozen encoder, each pair as one sequence",
+         "1b-uv": "linear layer on [u; v]",
+         "1b": "linear layer on [u; v; abs(u - v)]",
          "1d": "the same, with gradient surgery (PCGrad)",
-         "4c": "each pair as one sequence, without surgery"}
+         "1b-cosine": "cosine of u and v (the default)",
+         "1b-cross": "each pair as one sequence"}
 QUORA_SHARES = {"": 1, **{f"-{part}th": 1 / part for part in QUORA_PARTS}}  # of 2c and 2d
 PAIRS = ("sst-para", "sst-sts", "para-sts")
 BEST_OF_REPORTS = (0.513, 0.877, 0.870)  # report 5's figures of the leaderboard, on dev
