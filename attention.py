@@ -10,6 +10,8 @@ sequences end to end ("packed"), and every linear layer, norm and activation run
                        b b b b b
                        c c c . .          groups           2 sequences of 3 tokens, 1 of 5
 
+(followed by tokens that nothing reads, up to a multiple of 32, for speed).
+
 Only attention must know which tokens belong together. The sequences are ordered by length, so that
 all those of one length are a dense block, which needs no mask. That suits a CPU. A GPU wants few
 kernel launches instead: one fused kernel on the packed tokens where it has one, or else padding for
@@ -129,11 +131,12 @@ def grouped_attention(query, key, value, packing):
     # in float32 also under autocast: on a CPU, products this small are slower in bfloat16
     qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     with torch.autocast(query.device.type, enabled=False):
-        for (n, L), tokens in zip(packing.groups, qkv.split(packing.group_tokens)):
-            # L: of this group. One copy lays the three out as (3, n * A, L, D)
-            q, k, v = tokens.view(n, L, 3, A, D).permute(2, 0, 3, 1, 4).reshape(3, n * A, L, D)
-            output = attention(q, k, v)  # (n * A, L, D)
-            outputs.append(output.view(n, A, L, D).transpose(1, 2).flatten(0, 1))  # (n * L, A, D)
+        for (n, length), tokens in zip(packing.groups, qkv.split(packing.group_tokens)):
+            # (n, length, 3, A, D) -> (3, n, A, length, D), copied into one block
+            qkv_of_group = tokens.view(n, length, 3, A, D).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv_of_group.reshape(3, n * A, length, D)
+            output = attention(q, k, v).view(n, A, length, D)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))  # (n * length, A, D)
     return torch.cat(outputs).to(query.dtype)
 
 
@@ -206,8 +209,9 @@ class ProjectedAttention(nn.Module):
     "attention", self-attention without an output matrix, of its own in each layer; or "identity",
     which leaves one low-rank map (a baseline of the paper, and what report 4 used).
 
-    V_D starts at zero, so that training starts from the pretrained encoder. The authors' code has a
-    GELU after V_D, which the paper's equation has not; it is not here.
+    V_D starts at zero, so that training starts from the pretrained encoder. The paper prints the
+    first term as h; BERT and the authors' code have a. Their code also has a GELU after V_D, which
+    is neither in the paper's equation nor here.
     """
 
     def __init__(self, hidden_size, size, num_attention_heads, num_layers, g="attention"):

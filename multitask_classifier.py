@@ -50,7 +50,7 @@ from support.run import (Interruption, Run, StepLog, check_weights, exit_status,
 
 HERE = Path(__file__).resolve().parent
 MODEL_WITH_PAL = "bert_with_pal"  # model_type in config.json, where layers are not plain BERT's
-LOG_EVERY = 10  # steps per line of metrics.jsonl
+LOG_EVERY = 10  # steps per line of metrics.jsonl, which has their means
 
 
 # ---------------------------------------------------------------- flags
@@ -124,9 +124,10 @@ def get_parser():
     add("--gradvac", nargs="?", const=True, metavar="GROUPS",
         help="Gradient Vaccine, with groups as for --pcgrad")
     add("--surgery_scope", choices=("vector", "tensor"), default="vector",
-        help="vector: all shared parameters as one, as in the papers; tensor: each separately")
+        help="vector: all shared parameters as one; tensor: each separately")
     add("--log_gradients", action="store_true",
-        help="measure cosines, conflicts and norms without surgery; surgery always does")
+        help="measure norms and cosines of the tasks' gradients for the encoder, and conflicts, "
+             "without surgery; surgery always does")
 
     add = parser.add_argument_group("regularizers (SMART, Jiang et al. 2020)").add_argument
     add("--smart", action="store_true", help="smoothness under perturbations of the embeddings")
@@ -174,15 +175,15 @@ class Head(nn.Module):
     single, cross  dropout, linear on the pooled sentence, or on the pair pooled as one sequence
     uv             dropout, linear on [u; v], the two sentences pooled separately
     uv_diff        dropout, linear on [u; v; |u - v|] (Reimers & Gurevych 2019, section 3)
-    cosine         regression: 5 cos(u, v). Binary: the logit w cos(u, v) + b
+    cosine         regression: 5 cos(u, v). Binary: the logit w cos(u, v) + b. Not for classes
     """
 
-    def __init__(self, task, kind, hidden_size, hidden_dropout_prob):
+    def __init__(self, task, form, hidden_size, hidden_dropout_prob):
         super().__init__()
-        self.kind, self.max_label, self.binary = kind, task.max_label, task.kind == "binary"
+        self.form, self.max_label, self.binary = form, task.max_label, task.kind == "binary"
         self.dropout = nn.Dropout(hidden_dropout_prob)
-        if kind != "cosine":
-            width = {"uv": 2, "uv_diff": 3}.get(kind, 1) * hidden_size
+        if form != "cosine":
+            width = {"uv": 2, "uv_diff": 3}.get(form, 1) * hidden_size
             self.linear = nn.Linear(width, task.num_outputs)
             nn.init.normal_(self.linear.weight, std=0.02)
             # a regression starts in the middle of its scale, to spend no steps on the mean
@@ -193,15 +194,15 @@ class Head(nn.Module):
             self.weight, self.bias = (nn.Parameter(torch.tensor(x)) for x in (10.0, -7.0))
 
     def forward(self, pooled):
-        if self.kind in ("single", "cross"):
+        if self.form in ("single", "cross"):
             return self.linear(self.dropout(pooled))
 
         # two sentences per example: first all first ones, then all second ones
         u, v = pooled.chunk(2)  # (B, H) each
-        if self.kind == "cosine":
+        if self.form == "cosine":
             cosine = F.cosine_similarity(u, v).unsqueeze(-1)  # (B, 1)
             return self.weight * cosine + self.bias if self.binary else self.max_label * cosine
-        features = [u, v] if self.kind == "uv" else [u, v, (u - v).abs()]
+        features = [u, v] if self.form == "uv" else [u, v, (u - v).abs()]
         return self.linear(self.dropout(torch.cat(features, dim=-1)))
 
 
@@ -246,8 +247,10 @@ class MultitaskBERT(nn.Module):
                  amp=False, sst_loss="ce", pal=None):
         super().__init__()
         config = bert.config
-        self.bert, self.tasks, self.pair_head = accelerate(bert), tasks, pair_head
-        self.pooling, self.amp, self.alpha = pooling, amp, {"sst": SST_LOSSES[sst_loss]}
+        self.bert = accelerate(bert)  # the same products, faster on a CPU
+        self.tasks, self.pair_head = tasks, pair_head
+        self.pooling, self.amp = pooling, amp
+        self.ordinal_alpha = {"sst": SST_LOSSES[sst_loss]}  # None: cross entropy
         self.frozen = option == "pretrain"
         bert.requires_grad_(not self.frozen)
 
@@ -311,7 +314,7 @@ class MultitaskBERT(nn.Module):
     def loss(self, task, batch, logits=None):
         logits = self.logits(task, batch) if logits is None else logits
         labels = to_device(batch.labels, self.device)
-        return task_loss(self.tasks[task], logits, labels, self.alpha.get(task))
+        return task_loss(self.tasks[task], logits, labels, self.ordinal_alpha.get(task))
 
     def own_state(self):
         """All but the encoder: {"heads.sst.linear.weight": ..., "pal.sst.down.weight": ...}"""
@@ -357,7 +360,7 @@ class MultitaskBERT(nn.Module):
             model = cls(encoder_of_run(folder, args, tensors), tasks, args["pair_head"],
                         args["pooling"], args["hidden_dropout_prob"], args["option"], args["amp"],
                         args["sst_loss"], pal)
-            differing = sorted(model.own_state().keys() ^ tensors)
+            differing = sorted(set(model.own_state()) ^ set(tensors))
             if differing:
                 raise ValueError(f"its tensors do not fit its flags: {differing}")
             model.load_state_dict(tensors, strict=False)
@@ -409,6 +412,8 @@ def train(args, model, data, schedule, run, encoder_folder):
             model.train()
             bar = progress_bar(schedule, epoch, state["step"], args.epochs)
             for step in bar:  # a step is a list of (task, indices)
+                # all tasks have one optimizer; or each its own, where a step has one task
+                optimizer = optimizers[step[0][0]]
                 state["step"] = n = state["step"] + 1
                 at_end = n == schedule.steps_per_epoch
                 is_update = at_end or n % args.accumulate == 0  # --accumulate: every N-th step
@@ -424,8 +429,7 @@ def train(args, model, data, schedule, run, encoder_folder):
                 # the sum of the tasks' gradients, PCGrad or Vaccine; then AdamW
                 if is_update:
                     gradients.combine(seed_of(args.seed, epoch, n, "order of the projections"))
-                    # all tasks have one optimizer; or `task` its own, where a step has one task
-                    if optimizers[task].step():
+                    if optimizer.step():
                         update_teacher(model, regularizers, optimizers)
                     else:  # an overflow in float16: no weight has moved
                         gradients.undo()
@@ -439,7 +443,7 @@ def train(args, model, data, schedule, run, encoder_folder):
                 due = run.due(args.save_every) and (write or world == 1)
                 save = is_update and not at_end and (due or interruption.asked)
                 if write or save:
-                    bar.set_postfix_str(log.write(epoch + 1, global_step, lr=optimizers[task].lr))
+                    bar.set_postfix_str(log.write(epoch + 1, global_step, lr=optimizer.lr))
                 if save:
                     save_state(run, state, model, gradients, optimizers, regularizers)
                     interruption.check(run)

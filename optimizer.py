@@ -10,7 +10,8 @@
 
 torch.optim.AdamW adds its eps after the bias correction of v, and decays the old theta, as
 Loshchilov & Hutter do, where the course decays the new one (an O(lr^2 wd) difference). With weight
-decay 0 and eps_torch = eps / sqrt(1 - b2^t) the two make the same step.
+decay 0 and eps_torch = eps / sqrt(1 - b2^t) the two make the same step. All three codes multiply
+the decay by lr; in the paper it has the schedule's factor, but not the rate's peak.
 
     python optimizer.py        both on one problem
 """
@@ -100,7 +101,7 @@ def adamw(tensors, steps, group):
         step_sizes = [lr * math.sqrt(1 - beta2 ** t) / (1 - beta1 ** t) for t in steps]
 
     # torch._foreach_* are the functions of that name on a list: one launch for many tensors
-    torch._foreach_lerp_(ms, gradients, 1 - beta1)
+    torch._foreach_lerp_(ms, gradients, 1 - beta1)  # lerp(m, g, w) = (1 - w) m + w g
     torch._foreach_mul_(vs, beta2)
     torch._foreach_addcmul_(vs, gradients, gradients, value=1 - beta2)
     denominators = torch._foreach_sqrt(vs)
@@ -111,8 +112,8 @@ def adamw(tensors, steps, group):
 
 
 def learning_rate(peak, progress, warmup, schedule="linear"):
-    """progress: 0 before the first update, 1 after the last. The rate rises from 0 in the first
-    `warmup` of the updates; then it is "constant", or falls to 0 ("linear")."""
+    """progress: the share of the run that is done, between 0 and 1. The rate rises from 0 in the
+    first `warmup` of it; then it is "constant", or falls to 0 ("linear")."""
     if progress < warmup:
         return peak * progress / warmup
     return peak if schedule == "constant" else peak * (1 - progress) / (1 - warmup)
@@ -149,7 +150,7 @@ class ScheduledAdamW:
         self.done += 1
         progress = self.done / (self.updates + 1)  # the + 1: so that no update has rate 0
         self.lr = learning_rate(self.peak, progress, self.warmup, self.lr_schedule)
-        for group in self.adamw.param_groups:
+        for group in self.adamw.param_groups:  # one rate for all
             group["lr"] = self.lr
         self.adamw.step()
         return True

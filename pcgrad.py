@@ -10,10 +10,11 @@ g_j is always the original gradient, and the update is the SUM of the g_i'. This
 as that loop over vectors, which is the definition; and on the K x K Gram matrix of the gradients,
 which training uses, since it copies no gradient.
 
-Every g_i' is a combination of the K original gradients, the rows of J: g_i' = W_i J. Every product
-and norm that the loop needs follows from G = J J^T. For example
+Every g_i' is a combination of the K original gradients, g_i' = sum_k W_ik g_k. Every product and
+norm that the loop needs follows from their products G_kj = g_k . g_j (G = J J^T, where the g_k are
+the rows of J). For example
 
-    g_i' . g_j = W_i J g_j = W_i G_j,    |g_j|^2 = G_jj
+    g_i' . g_j = sum_k W_ik G_kj,    |g_j|^2 = G_jj
 
 So the loop can run on K numbers per task. It ends with one weighted sum of the rows, (1^T W) J: row
 j has the weight that g_j has in all g_i' together, the sum of column j of W.
@@ -119,7 +120,8 @@ def vaccine_weights(gram, targets, seed, beta=VACCINE_BETA):
 
 
 def diagnostics(gram, names):
-    """What Yu et al. 2020 (section 2) name as the conditions for surgery to help.
+    """Two of the three conditions under which surgery should help (Yu et al. 2020, section 2):
+    conflict and differing norms. The third, high curvature, is not measured.
 
     names: of the K rows. Returns norm: |g_i|; and for each pair of nonzero gradients cosine,
     conflict (1 where the cosine is negative, else 0) and magnitude_similarity,
@@ -189,16 +191,16 @@ class GradientBuffer:
         self.seen = set()  # tasks of this update
         self.sums = {}  # row -> its sum over the processes, under way
 
-    def begin(self, tasks, last=True):
-        """Start a step. tasks: in the order of their backward passes. last: `combine` follows this
-        step; False where further steps add to the same update (--accumulate)."""
+    def begin(self, tasks, is_update=True):
+        """Start a step. tasks: in the order of their backward passes. is_update: `combine` follows
+        this step; False where further steps add to the same update (--accumulate)."""
         if self.combined:
             self.J.zero_()
             for parameter in (p for own in self.heads.values() for p in own):
                 parameter.grad = None
             self.seen.clear()
             self.combined = False
-        self.to_come = list(tasks) if last else None
+        self.to_come = list(tasks) if is_update else None
 
     def backward(self, task, loss):
         """Add the gradient of one task's loss to its row of J, and to its head's own .grad.

@@ -11,8 +11,8 @@ the squared difference for a regression.
 
 The maximum is approximated by projected gradient ascent (algorithm 1). x~ starts as x plus noise
 N(0, sigma^2); each ascent step moves it by `step_size` along the normalized gradient, and then back
-into the ball of radius eps around x. Norms are taken over an example, what has one label: both
-sentences of a pair, also where they are encoded separately.
+into the ball of radius eps around x. An example has one norm; for a pair it is over both sentences,
+also where they are encoded separately.
 
 All passes over a batch draw the same dropout masks, by starting from the same seed. Otherwise R and
 D would measure dropout.
@@ -56,7 +56,7 @@ def divergence(kind, logits, other):
 
 
 class Smoothness:
-    """weight * R of section 3.1, with the paper's settings as defaults.
+    """weight * R of section 3.1. The defaults are the paper's (which has weights of 1, 3 and 5).
 
     kinds: {task: kind}, the tasks it is for. norm: "inf" or "2", of the ball and of the gradient.
     """
@@ -70,8 +70,8 @@ class Smoothness:
         """A scalar. logits: (B, C), of the unperturbed pass, which was made right after
         torch.manual_seed(seed)."""
         perturbation = self.adversarial_perturbation(model, task, batch, logits, seed)
-        moved = self.divergences(model, task, batch, logits, seed, perturbation)
-        return self.weight * moved.mean()
+        divergences = self.divergences(model, task, batch, logits, seed, perturbation)
+        return self.weight * divergences.mean()
 
     def divergences(self, model, task, batch, logits, seed, perturbation):
         """l(f(x + perturbation), f(x)) of each example, with the dropout masks of `logits`. (B,)"""

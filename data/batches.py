@@ -54,7 +54,7 @@ class Batch:
 
 def collate(examples, indices):
     """The padded batch of some tokenized examples."""
-    sides = zip(*(examples.tokens[i] for i in indices))
+    sides = zip(*(examples.tokens[i] for i in indices))  # (a, b), (c, d) -> (a, c), (b, d)
     sequences = [sequence for side in sides for sequence in side]
     longest = max(len(ids) for ids, _ in sequences)
     input_ids, attention_mask, token_type_ids = np.zeros((3, len(sequences), longest), np.int64)
@@ -129,18 +129,23 @@ def sequential(plan, epoch):
 
 
 def round_robin(plan, epoch):
-    """One batch of every task per step; a set that ends before the epoch does starts over."""
+    """One batch of every task per step; a set that ends before the epoch does starts over.
+
+    The mean losses of the batches are added: all tasks weigh the same, whatever their sizes."""
     return [tuple(plan.sizes)] * plan.steps_per_epoch
 
 
 def mixed(plan, epoch):
-    """round_robin with batch sizes in proportion to the sets: all end together (report 5)."""
+    """round_robin, but one --batch_size for all tasks is divided among them in proportion to their
+    sets (see Schedule), so that all end together (report 5)."""
     return round_robin(plan, epoch)
 
 
 def mtdnn(plan, epoch):
     """One batch of one task per step: the batches of all tasks, shuffled (Liu et al. 2019,
-    algorithm 1). Epochs of another length are cut from the same passes."""
+    algorithm 1)."""
+    # shuffled passes over all batches, one after another; epoch e has the e-th piece of
+    # steps_per_epoch steps
     union = sequential(plan, epoch)
     start, steps = epoch * plan.steps_per_epoch, []
     first, last = start // len(union), (start + plan.steps_per_epoch - 1) // len(union)

@@ -260,7 +260,7 @@ def transformers_step(model, encoder, heads, optimizer, amp):
         optimizer.zero_grad()
         for _, task, batch in batches:
             logits, labels = heads[task](pooled(batch)), to_device(batch.labels, device)
-            loss = task_loss(model.tasks[task], logits, labels, model.alpha.get(task))
+            loss = task_loss(model.tasks[task], logits, labels, model.ordinal_alpha.get(task))
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -298,6 +298,9 @@ def check_heads(args):
         if head not in PAIR_HEADS:
             raise InputError(f"argument --pair_head: unknown head {head!r}; the heads are "
                              f"{', '.join(PAIR_HEADS)}")
+        if head == "cosine" and TASKS[task].kind == "classification":
+            raise InputError(f"--pair_head cosine for {task}: a cosine is one number, which cannot "
+                             "tell classes apart; name another head")
         no_weights = head == "cosine" and TASKS[task].kind == "regression"
         if no_weights and args.option == "pretrain" and task in args.tasks:
             raise InputError(f"--pair_head cosine for {task} with --option pretrain: 5 cos(u, v) "

@@ -1,5 +1,6 @@
 """Bad input ends with status 2 and one line that says what is wrong: flags, files, folders, the
 environment. One table of cases per topic."""
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from unittest import mock
 import multitask_classifier
 import pretrain_mlm
 from data.download import cache_folder
+from data.tasks import TASKS
 from support import flags, predict
 from tests.helpers import copy_of_tiny, quietly, run, workspace, write_file
 
@@ -90,6 +92,10 @@ def test_bad_heads_are_rejected():
         ("no pair task", "--tasks", "sst", "--pair_head", "uv"),
         ("sst is not among --tasks", "--sst_loss", "oll1", "--tasks", "para,sts"),
         ("invalid choice: 'oll3'", "--sst_loss", "oll3"))
+    # the course has no pairs with classes, but one may add some
+    inference = dataclasses.replace(TASKS["para"], kind="classification", max_label=2)
+    with mock.patch.dict(TASKS, para=inference):
+        check_rejected(("cannot tell classes apart", "--pair_head", "para=cosine,sts=uv"))
 
 
 def test_bad_surgery_is_rejected():

@@ -75,8 +75,8 @@ def observed_run(*flags, steps):
             super().step()
 
     class RecordingBuffer(GradientBuffer):
-        def begin(self, tasks, last=True):
-            super().begin(tasks, last)
+        def begin(self, tasks, is_update=True):
+            super().begin(tasks, is_update)
             heads = [p.grad for own in self.heads.values() for p in own]
             empty = not self.J.any() and all(gradient is None for gradient in heads)
             seen.starts.append((empty, last))
