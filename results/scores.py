@@ -8,6 +8,7 @@ from statistics import mean, stdev
 
 from scipy.stats import t
 
+from data.batches import Schedule
 from support.evaluation import selection_score
 from support.run import read_metrics
 
@@ -57,6 +58,21 @@ def trained_scores(records, task):
 def overall(records):
     """overall_2023 of each run, the mean of the three scores; none where a task is not trained."""
     return [record.best["overall_2023"] for record in records if record.trains(*TASKS)]
+
+
+def examples_seen(args, sizes):
+    """{task: how many examples a run trains on}. args: its flags. sizes: {task: examples in its
+    training set}."""
+    sizes = {task: round((args["limit"] or {}).get(task, 1) * sizes[task])
+             for task in args["trained"]}
+    schedule = Schedule(args["schedule"], sizes, args["batch_size"], args["epoch_length"],
+                        args["seed"], args["epochs"], args["upsample"])
+    seen = dict.fromkeys(sizes, 0)
+    for epoch in range(args["epochs"]):
+        for step in schedule.epoch(epoch):
+            for task, indices in step:
+                seen[task] += len(indices)
+    return seen
 
 
 # ---------------------------------------------------------------- their spread over seeds

@@ -43,6 +43,7 @@ ANNEALED = f"{FINETUNE} {ANNEALED_STEPS} --schedule annealed --pair_head cross {
 MIXED = f"{FINETUNE} {MIXED_STEPS} --schedule mixed --pair_head cross"
 MIXED_YELP = f"{FINETUNE} {MIXED_YELP_STEPS} --schedule mixed --pair_head cross"
 
+SIZES = {"sst": 8544, "para": 144903, "sts": 6040, "cfimdb": 1707, "yelp": 9998}  # to train on
 QUORA_PARTS = (4, 16, 64)  # 2g: this part of the Quora pairs, 1/4 and so on
 PRETRAINING = {
     "mlm": "--lr 1e-4 --epochs 3 --epoch_length 500",
@@ -128,7 +129,7 @@ SYSTEMS = {
     "5f": System("frozen, a cosine for para alone",
                  f"{FROZEN} {ONE_TASK_STEPS} --tasks para --pair_head cosine"),
     "5g": System("5e with PCGrad on four gradients", f"{MIXED_YELP} --pcgrad"),
-    "5g-2": System("5e with PCGrad on two gradients: the sum of the three, Yelp",
+    "5g-sum": System("5e with PCGrad on two gradients: the sum of the three, Yelp",
                    f"{MIXED_YELP} --pcgrad sst+para+sts,yelp"),
 }
 STUDY = study.Study(HERE, SYSTEMS, PRETRAINING)

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from claims import CLAIMS  # noqa: E402
-from results.scores import (TASKS, cell, difference, least_difference, overall,  # noqa: E402
-                            read_records, scores, spread, table, trained_scores, verdict,
-                            write_tables)
-from systems import QUORA_PARTS, SYSTEMS  # noqa: E402
+from results.scores import (TASKS, cell, difference, examples_seen,  # noqa: E402
+                            least_difference, overall, read_records, scores, spread, table,
+                            trained_scores, verdict, write_tables)
+from systems import QUORA_PARTS, SIZES, SYSTEMS  # noqa: E402
 
 PAGE = HERE / "README.md"
 FRONT_PAGE = HERE.parents[1] / "README.md"
@@ -54,9 +54,11 @@ def scores_table(found):
         system = SYSTEMS[name]
         cells = [score_cell(system, records, task) for task in TASKS]
         report = ["-" if score is None else f"{score:.3f}" for score in system.report]
-        rows.append((name, system.what, len(records), *cells, cell(overall(records)),
-                     " / ".join(report)))
-    return table(("system", "what it is", "seeds", *TASKS, "overall_2023",
+        seen = examples_seen(records[0].args, SIZES)
+        thousands = [f"{seen[task] / 1000:.1f}" if task in seen else "-" for task in TASKS]
+        rows.append((name, system.what, " / ".join(thousands), len(records), *cells,
+                     cell(overall(records)), " / ".join(report)))
+    return table(("system", "what it is", "thousands of examples", "seeds", *TASKS, "overall_2023",
                   "report: sst / para / sts"), rows)
 
 
@@ -64,8 +66,8 @@ def front_table(found):
     """A few systems, for a reader who does not know the reports."""
     rows = [(what, *(cell(scores(found[name], task)) for task in TASKS))
             for name, what in FRONT.items() if name in found]
-    rows.append(("for comparison: the best report's leaderboard entry, bert-base-uncased (110M) on a GPU",
-                 *(f"{score:.3f}" for score in BEST_OF_REPORTS)))
+    rows.append(("for comparison: the best report's leaderboard entry, bert-base-uncased (110M) on "
+                 "a GPU", *(f"{score:.3f}" for score in BEST_OF_REPORTS)))
     return table(("", "sentiment (`sst`), accuracy", "paraphrase (`para`), accuracy",
                   "similarity (`sts`), Pearson r"), rows)
 
@@ -95,8 +97,9 @@ def values_of(records, what):
     if what == "overall_2023":
         return overall(records)
     if what.startswith("F1 of "):
-        task, label = (what.split()[2:] + ["positive"])[:2]
-        return [record.best["f1"][task][label] for record in records if record.trains(task)]
+        task, *label = what.split()[2:]
+        return [record.best["f1"][task][label[0] if label else "positive"]
+                for record in records if record.trains(task)]
     task, _, gap = what.partition(" ")
     counted = [record for record in records
                if record.trains(task) or record.has_no_weights_for(task)]
@@ -160,12 +163,11 @@ def report_score(system, what):
 
 def measured(found, claim, what):
     """Our difference, and whether it is significant; empty where one of the two does not train the
-    task. No test between two frozen systems: the spread is that of fine-tuned ones, which is
-    larger."""
-    theirs, ours = (values_of(found[name], what) for name in (claim.base, claim.system))
-    if not ours or not theirs:
+    task. No test between two frozen systems: the spread is that of fine-tuned ones."""
+    before, after = (values_of(found[name], what) for name in (claim.base, claim.system))
+    if not before or not after:
         return ""
-    here, least = difference(ours, theirs, *spread_of(found, what))
+    here, least = difference(after, before, *spread_of(found, what))
     return verdict(here, least if is_finetuned(claim.system) else None)
 
 
@@ -267,7 +269,7 @@ def draw_cosines(found):
     return figure
 
 
-def mean_of_ten(values):
+def mean_of_ten(values):  # each is one of ten steps already
     return np.convolve(values, np.ones(10) / 10, "valid")
 
 
