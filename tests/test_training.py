@@ -79,7 +79,7 @@ def observed_run(*flags, steps):
             super().begin(tasks, is_update)
             heads = [p.grad for own in self.heads.values() for p in own]
             empty = not self.J.any() and all(gradient is None for gradient in heads)
-            seen.starts.append((empty, last))
+            seen.starts.append((empty, is_update))
 
         def combine(self, seed):
             super().combine(seed)
@@ -311,9 +311,9 @@ def test_the_training_loop_does_what_its_flags_say():
         assert all(abs(norm - 0.01) < 1e-5 for _, _, norm in seen.updates), seen.updates
 
         # an update ends after steps 3, 6 and 7 of an epoch, and the next starts from nothing
-        empty, last = zip(*seen.starts)
+        empty, is_update = zip(*seen.starts)
         assert empty == (True, False, False, True, False, False, True) * 2
-        assert last == (False, False, True, False, False, True, True) * 2
+        assert is_update == (False, False, True, False, False, True, True) * 2
 
         # a batch of each task per step, with dropout masks and projection orders of their own
         assert [task for task, _, _ in seen.batches] == ["sst", "para", "sts"] * 14
