@@ -1,4 +1,22 @@
-"""What surrounds training: a run's folder and how it resumes, Ctrl-C, metrics, exit status."""
+"""What surrounds training: a run's folder and how it resumes, Ctrl-C, metrics, exit status.
+
+metrics.jsonl has one JSON object per line. `epoch` and `step` count from 1, `step` over the whole
+run. Fields in brackets are there only in the runs that have them.
+
+    kind "step": means over the steps since the line before
+        losses              {task: loss}, without the regularizers
+        lr                  the learning rate of the last update
+        tokens_per_second, steps_per_second     tokens without padding, over all processes
+        [regularizers]      {"TASK smart" or "TASK proximal": the term, times its weight}
+        [gradients]         under surgery: the number of updates, and what `diagnostics` of
+                            pcgrad.py measures, {"norm": {task: ...}, "cosine": {pair: ...}, ...}
+        [skipped_updates]   their number; float16 skips where a gradient overflows
+    kind "evaluation": after an epoch
+        dev, train          {task: accuracy, or Pearson's r}; train on at most 2,000 examples
+        f1                  {task: {"macro" or "positive" or a class: F1 on dev}}
+        overall_2023, overall_2024     of the dev scores, where all three tasks have one
+        from pretrain_mlm.py: loss and perplexity instead of these
+"""
 import contextlib
 import io
 import json
