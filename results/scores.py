@@ -31,7 +31,8 @@ class Record:
         return set(tasks) <= set(self.args["trained"])
 
     def has_no_weights_for(self, task):
-        """Its head is 5 cos(u, v), so that its score counts also where the task is not trained."""
+        """True for sts with a cosine head, whose score is the encoder's alone: it counts also where
+        the task is not trained."""
         return task == "sts" and self.args["pair_head"].get("sts") == "cosine"
 
 
@@ -61,8 +62,8 @@ def overall(records):
 
 
 def examples_seen(args, sizes):
-    """{task: how many examples a run trains on}. args: its flags. sizes: {task: examples in its
-    training set}."""
+    """{task: how many examples a run trains on, repetitions counted}. args: its flags. sizes:
+    {task: examples in its training set}."""
     sizes = {task: round((args["limit"] or {}).get(task, 1) * sizes[task])
              for task in args["trained"]}
     schedule = Schedule(args["schedule"], sizes, args["batch_size"], args["epoch_length"],
@@ -95,24 +96,26 @@ def least_difference(deviation, freedom, seeds, other_seeds):
 def difference(ours, theirs, deviation, freedom):
     """(mean(ours) - mean(theirs), the least difference that is significant; None where no system
     has several seeds)."""
-    least = freedom and least_difference(deviation, freedom, len(ours), len(theirs))
-    return mean(ours) - mean(theirs), least or None
+    least = None
+    if freedom:
+        least = least_difference(deviation, freedom, len(ours), len(theirs))
+    return mean(ours) - mean(theirs), least
 
 
 # ---------------------------------------------------------------- tables
 
 def cell(values):
-    """Mean and standard deviation over the seeds."""
+    """Mean ± standard deviation over the seeds; empty without a value."""
     if not values:
         return ""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def verdict(here, least):
-    """A difference in words, for example `+0.012 ± 0.020 n.s.`"""
+def verdict(found, least):
+    """A difference beside the least that would be significant: `+0.012 ± 0.020 n.s.`"""
     if least is None:
-        return f"{here:+.3f}"
-    return f"{here:+.3f} ± {least:.3f} {'**significant**' if abs(here) > least else 'n.s.'}"
+        return f"{found:+.3f}"
+    return f"{found:+.3f} ± {least:.3f} {'**significant**' if abs(found) > least else 'n.s.'}"
 
 
 def with_train(records):

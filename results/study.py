@@ -4,13 +4,14 @@ results/search/ and results/recipe/.
 A record is a folder NAME-SEED beside the study's script. command.txt in it has the commands that
 made the run; where there are several, the last trains the system and the others what it starts
 from. `DATA` stands for the folder of the data. args.json, metrics.jsonl and environment.json are
-those of the last command. A system whose record exists is not trained again, and a run that was
-interrupted is resumed.
+those of the last command, and where it was resumed, environment.json is of the session that ended
+it. A system whose record exists is not trained again, and a run that was interrupted is resumed.
 """
 import argparse
 import hashlib
 import json
 import platform
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from support.files import InputError
-from support.run import exit_status
+from support.run import RunFailed, exit_status
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +30,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 class System:
     what: str
     flags: str  # of multitask_classifier.py
-    report: tuple = (None, None, None)  # the report's own dev scores: sst (or CFIMDB), para, sts
+    # the report's own dev scores, None where it has none: accuracy of sst (or CFIMDB), accuracy of
+    # para, Pearson's r of sts
+    report: tuple = (None, None, None)
     start: str | None = None  # a system, or a pretraining of the study, that it starts from
     same_as: str | None = None  # a system that trains the same weights
 
@@ -46,7 +49,7 @@ class Study:
 def command_of(study, name, seed, machine=" --amp"):
     """The command of a system or a pretraining, as typed in the project's folder.
 
-    machine: the flags that depend on the machine.
+    machine: the flags that depend on the machine, with a space before each.
     """
     runs = study.folder.name
     if name in study.pretraining:
@@ -57,7 +60,7 @@ def command_of(study, name, seed, machine=" --amp"):
     if system.start:
         flag = "--model" if system.start in study.pretraining else "--init_from"
         start = f" {flag} runs/{runs}/{system.start}-{seed}"
-    if "--smart" in system.flags:  # a perturbation of 1e-5 would be lost in bfloat16
+    if "--smart" in system.flags:  # bfloat16 would round its perturbations away, 1e-5 or less
         machine = machine.replace(" --amp", "")
     return (f"python multitask_classifier.py {system.flags}{start}{machine} --seed {seed} "
             f"--name {runs}/{name}-{seed} --data_dir DATA")
@@ -80,27 +83,28 @@ def show(study, name, seed):
 def run(study, name, seed, data_dir, machine):
     """Train a system and keep its record, unless the record exists."""
     name = study.systems[name].same_as or name
-    kept = study.folder / f"{name}-{seed}"
-    if kept.exists():
+    record = study.folder / f"{name}-{seed}"
+    if record.exists():
         print(f"{name}, seed {seed}: the record exists")
         return
     commands = commands_of(study, name, seed, machine)
     for each, command in commands.items():
         folder = PROJECT / "runs" / study.folder.name / f"{each}-{seed}"
         train(command, folder, data_dir)
-    keep(folder, kept, commands.values(), data_dir)
+    keep(folder, record, commands.values(), data_dir)
 
 
 def train(command, folder, data_dir):
     """Run a command in the project's folder, unless it was. folder: of the run.
 
     The command is kept beside the folder, so that a run of another command, or on other data, is
-    neither resumed nor taken for this one. Raises InputError there.
+    neither resumed nor taken for this one. Raises InputError there, and RunFailed where the command
+    was killed.
     """
     words = [word.replace("DATA", str(data_dir)) for word in command.split()]
     typed = folder.with_name(f"{folder.name}.txt")
-    if folder.exists() and typed.exists() and typed.read_text() != " ".join(words):
-        raise InputError(f"{folder} is a run of another command ({typed}); move it away")
+    if folder.exists() and not (typed.exists() and typed.read_text() == " ".join(words)):
+        raise InputError(f"{folder} is a run of another command; move it away")
     folder.parent.mkdir(parents=True, exist_ok=True)
     typed.write_text(" ".join(words))
 
@@ -109,7 +113,12 @@ def train(command, folder, data_dir):
     surroundings = environment(data_dir)
     print(command, flush=True)
     flags = ["--resume", str(folder)] if folder.exists() else words[2:]
-    status = subprocess.run([sys.executable, words[1], *flags], cwd=PROJECT).returncode
+    process = subprocess.Popen([sys.executable, words[1], *flags], cwd=PROJECT)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command: it saves
+    status = process.wait()
+    signal.signal(signal.SIGINT, handler)
+    if status < 0:
+        raise RunFailed(f"{words[1]} was killed by signal {-status}; run this again to resume it")
     if status:  # the script has said why
         sys.exit(status)
     (folder / "environment.json").write_text(json.dumps(surroundings, indent=2) + "\n")
@@ -135,17 +144,18 @@ def environment(data_dir):
             "cpu_capability": torch.backends.cpu.get_cpu_capability(), "sha256": digests}
 
 
-def keep(folder, kept, commands, data_dir):
-    """Keep the record `kept` of the run in `folder`, without what belongs to this machine."""
-    args = json.loads((folder / "args.json").read_text().replace(str(data_dir), "DATA"))
+def keep(folder, record, commands, data_dir):
+    """Write the folder `record` of the run in `folder`, without what belongs to this machine."""
+    as_in_json = json.dumps(str(data_dir))[1:-1]
+    args = json.loads((folder / "args.json").read_text().replace(as_in_json, "DATA"))
     args.pop("folder")
-    new = kept.with_name(f".{kept.name}")
+    new = record.with_name(f".{record.name}")
     new.mkdir(exist_ok=True)
     (new / "command.txt").write_text("\n".join(commands) + "\n")
     (new / "args.json").write_text(json.dumps(args, indent=2) + "\n")
     for file in ("metrics.jsonl", "environment.json"):
         (new / file).write_text((folder / file).read_text())
-    new.rename(kept)
+    new.rename(record)
 
 
 # ---------------------------------------------------------------- main

@@ -3,7 +3,7 @@
 metrics.jsonl has one JSON object per line. `epoch` and `step` count from 1, `step` over the whole
 run. Fields in brackets are there only in the runs that have them.
 
-    kind "step": means over the steps since the line before
+    kind "step": means over the steps since the line before, ten or fewer
         losses              {task: loss}, without the regularizers
         lr                  the learning rate of the last update
         tokens_per_second, steps_per_second     tokens without padding, over all processes
@@ -12,8 +12,9 @@ run. Fields in brackets are there only in the runs that have them.
                             pcgrad.py measures, {"norm": {task: ...}, "cosine": {pair: ...}, ...}
         [skipped_updates]   their number; float16 skips where a gradient overflows
     kind "evaluation": after an epoch
-        dev, train          {task: accuracy, or Pearson's r}; train on at most 2,000 examples
-        f1                  {task: {"macro" or "positive" or a class: F1 on dev}}
+        dev, train          {task: accuracy, or Pearson's r}, also of --score_also; train on at
+                            most 2,000 examples
+        f1                  {task: {"macro" or "positive" or a class: F1 on dev}}, not for sts
         overall_2023, overall_2024     of the dev scores, where all three tasks have one
         from pretrain_mlm.py: loss and perplexity instead of these
 """

@@ -5,9 +5,12 @@ import importlib.util
 import io
 import json
 import math
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +31,7 @@ from results.study import command_of, commands_of, train
 from support import flags, plots
 from support.evaluation import predict
 from support.files import InputError
-from support.run import read_metrics
+from support.run import RunFailed, read_metrics
 from tests.helpers import (DEMO, PROJECT, captured, needs_full, quietly, raises, run, same,
                            three_task_model, trained, workspace)
 
@@ -329,7 +332,7 @@ def test_the_tables_hold_what_the_records_hold():
             "| 1 | training on all three tasks is far better than on sentiment alone | 1a, 1b | "
             "sst +0.069 | sst -0.010 ± 0.045 n.s. |",
             # for sts a cosine, which counts without training; both best at .42, its second epoch
-            "| 3 | no extension surpasses training on sentiment alone: not the pair tasks | "
+            "| 3 | training on the pair tasks too does not surpass sentiment alone | "
             "3b, 3d | sst -0.029<br>sts +0.250 | sst +0.000 ± 0.064 n.s.<br>sts +0.200 ± 0.086 "
             "**significant** |",
             "| default+pal | PAL | 1 | 0.430 (0.800) | 0.530 (0.800) | 0.630 (0.800) | 0.530 | "
@@ -342,10 +345,38 @@ def test_a_run_of_another_command_is_not_taken_for_this_one():
     folder.mkdir()
     (folder / "environment.json").touch()  # the run is complete
     command = "python multitask_classifier.py --lr 2e-4 --data_dir DATA"
-    train(command, folder, Path("here"))
+    folder.with_name("1b-1.txt").write_text(command.replace("DATA", "here"))
     train(command, folder, Path("here"))
     for other, data_dir in ((command, "there"), (f"{command} --amp", "here")):
         raises(InputError, "is a run of another command", train, other, folder, Path(data_dir))
+    folder.with_name("1b-1.txt").unlink()  # a run that somebody has typed
+    raises(InputError, "is a run of another command", train, command, folder, Path("here"))
+
+
+def test_ctrl_c_leaves_a_run_the_time_to_save():
+    """At a terminal Ctrl-C interrupts a study and the command that it runs."""
+    root = Path(tempfile.mkdtemp(dir=workspace()))
+    (root / "slow.py").write_text(
+        "import signal, sys, time\nfrom pathlib import Path\n"
+        "def save(*_):\n    time.sleep(1)\n    Path(sys.argv[1]).touch()\n    sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, save)\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    code = ("from pathlib import Path\nfrom results.study import train\n"
+            f"train('python {root}/slow.py {root}/saved', Path('{root}/run-1'), Path('data'))")
+    study = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE,
+                             text=True, start_new_session=True)
+    while study.stdout.readline() != "ready\n":
+        assert study.poll() is None
+    os.killpg(study.pid, signal.SIGINT)
+    assert study.wait() == 130 and (root / "saved").exists()
+    study.stdout.close()
+
+
+def test_a_command_that_was_killed_is_named():
+    root = Path(tempfile.mkdtemp(dir=workspace()))
+    (root / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    with contextlib.redirect_stdout(io.StringIO()):
+        raises(RunFailed, "was killed by signal 9", train, f"python {root}/killed.py",
+               root / "run-1", Path("data"))
 
 
 def test_with_two_systems_significance_is_that_of_students_test():

@@ -1,11 +1,11 @@
-"""The search for a recipe that a student can run overnight on a CPU and that beats the reports.
+"""The search for a recipe that a student can run overnight on a CPU and that beats every report.
 
     python results/recipe/recipe.py show annealed        print the commands of a system
     python results/recipe/recipe.py run annealed --seeds 2 --data_dir DIR
-                                                         train, and keep a record per run
+                                                         train with seed 2, and keep a record
 
 DIR holds the course's files, and ids-sst-phrases-train.csv, the labelled phrases of the treebank's
-training sentences. All systems use the default encoder with mean pooling.
+training sentences (python data/phrases.py). All systems use the default encoder with mean pooling.
 """
 import sys
 from pathlib import Path
@@ -16,9 +16,10 @@ from results import study  # noqa: E402
 from results.study import System  # noqa: E402
 
 PHRASES = "--sst_train DATA/ids-sst-phrases-train.csv"
-# two passes over the pairs, nearly as many over the phrases, five or six over sts
+# two passes over the pairs, nearly as many over the phrases, six over sts
 TOGETHER = ("--option finetune --lr 2e-4 --epochs 4 --epoch_length 1132 "
             "--batch_size sst=64,para=64,sts=8")
+# about as many passes over pairs and phrases, more steps of sts towards the end
 ANNEALED = ("--option finetune --lr 1e-4 --epochs 4 --epoch_length 2500 --schedule annealed "
             "--batch_size sst=64,para=64,sts=32")
 SYSTEMS = {

@@ -1,7 +1,8 @@
-"""Every system of the five reports at one budget: 30,000 training examples each, on the whole sets.
+"""Every system of the five reports at one budget: 30,000 training examples each, on the whole sets
+(Yelp's 2,000 in 5e and 5g, and what a system starts from, come on top).
 
-    python results/systems/systems.py show 4f            print the commands of a system, these and
-                                                         those at its report's own settings
+    python results/systems/systems.py show 4f            print the commands of a system, at its
+                                                         report's own settings and at this budget
     python results/systems/systems.py run 5c 5d --seeds 1 2 3 --data_dir DIR
                                                          train, and keep a record per run
 
@@ -22,13 +23,15 @@ from reports import REPORTS  # noqa: E402
 from results import study  # noqa: E402
 from results.study import System  # noqa: E402
 
-# 500 updates with 20 examples of each of the three tasks, or 1,500 with 20 examples of one task
+# 500 updates with 20 examples of each of the three tasks, 750 with those of two, or 1,500 with 20
+# examples of one task; annealed in four epochs, since the tasks' shares change with the epoch
 STEPS = "--epochs 2 --epoch_length 250 --batch_size 20"
 ONE_TASK_STEPS = "--epochs 2 --epoch_length 750 --batch_size 20"
+TWO_TASK_STEPS = "--epochs 2 --epoch_length 375 --batch_size 20 --tasks sst,para --score_also sts"
 ANNEALED_STEPS = "--epochs 4 --epoch_length 375 --batch_size 20"
 # report 5's proportions, 2 / 24 / 2, at 60 examples per update
 MIXED_STEPS = "--epochs 2 --epoch_length 250 --batch_size sst=4,para=52,sts=4"
-# and 2,500 reviews beside them, a quarter of the file
+# and 4 reviews per update beside them, of a quarter of the file
 MIXED_YELP_STEPS = f"{MIXED_STEPS},yelp=4 --aux yelp=DATA/yelp-train.csv --limit yelp=0.25"
 
 FINETUNE = "--option finetune --lr 2e-4"
@@ -54,7 +57,9 @@ SYSTEMS = {
                  (.416, .376, .019)),
     "1b": System("round robin, [u; v; abs(u - v)]", f"{FINETUNE} {STEPS} --pair_head uv_diff",
                  (.485, .853, .635)),
-    # beside the reports: other heads in 1b, for the first table of the project's README
+    # beside the reports: other heads in 1b and 4a, for the first table of the project's README
+    "4a-cosine": System("4a with a cosine for para too",
+                        f"{FROZEN} {TWO_TASK_STEPS} --pair_head cosine {REPORT_4}"),
     "1b-uv": System("1b with [u; v]", f"{FINETUNE} {STEPS} --pair_head uv"),
     "1b-cosine": System("1b with cosines", f"{FINETUNE} {STEPS} --pair_head cosine"),
     "1b-cross": System("1b cross-encoded", f"{FINETUNE} {STEPS} --pair_head cross"),
@@ -99,8 +104,7 @@ SYSTEMS = {
     "3e": System("3d with SMART and the proximal term", f"{FINETUNE} {STEPS} {REPORT_3} {SMART}",
                  (.505, .719, .567)),
     "4a": System("frozen, pairs apart: [u; v], a cosine for sts",
-                 f"{FROZEN} --epochs 2 --epoch_length 375 --batch_size 20 --tasks sst,para "
-                 f"--score_also sts --pair_head para=uv,sts=cosine {REPORT_4}",
+                 f"{FROZEN} {TWO_TASK_STEPS} --pair_head para=uv,sts=cosine {REPORT_4}",
                  (.383, .519, .101)),
     "4b": System("4a cross-encoded", f"{FROZEN} {STEPS} --pair_head cross {REPORT_4}",
                  (.383, .622, .428)),
@@ -108,17 +112,17 @@ SYSTEMS = {
                  (.451, .766, .813)),
     "4d": System("4c, annealed", ANNEALED, (.469, .805, .822)),
     "4e": System("4d with the heads of 4b", ANNEALED, (.488, .805, .841), start="4b"),
-    "4e-pal": System("4e with low-rank layers per task", f"{ANNEALED} --pal --pal_g identity",
+    "4e-pal": System("4e with projected layers per task", f"{ANNEALED} --pal --pal_g identity",
                      (.492, .810, .843), start="4b"),
     "4f": System("4e-pal with SMART",
                  f"{ANNEALED} --pal --pal_g identity --smart --smart_eps 1e-6 --smart_sigma 3.2e-3",
                  (.506, .818, .875), start="4b"),
     "5a": System("frozen, cross-encoded", f"{FROZEN} {STEPS} --pair_head cross",
                  (.390, .702, .457)),
-    "5b": System("in turn, an optimizer per task",
+    "5b": System("in turn, cross-encoded, an optimizer per task",
                  f"{IN_TURN} --tasks para,sst,sts --optimizer_per_task --pair_head cross",
                  (.510, .877, .830)),
-    "5c": System("in proportion to the sets", MIXED, (.524, .872, .855)),
+    "5c": System("mixed batches, cross-encoded", MIXED, (.524, .872, .855)),
     "5c-.5": System("5c with dropout .5", f"{MIXED} --hidden_dropout_prob 0.5", (.505, .872, .849)),
     "5d": System("5c with PCGrad", f"{MIXED} --pcgrad", (.515, .871, .849)),
     "5d-.5": System("5d with dropout .5", f"{MIXED} --pcgrad --hidden_dropout_prob 0.5",

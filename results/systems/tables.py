@@ -21,11 +21,12 @@ from systems import QUORA_PARTS, SIZES, SYSTEMS  # noqa: E402
 PAGE = HERE / "README.md"
 FRONT_PAGE = HERE.parents[1] / "README.md"
 FRONT = {"5a": "frozen encoder, each pair as one sequence",
-         "1b-uv": "linear layer on [u; v]",
-         "1b": "linear layer on [u; v; abs(u - v)]",
+         "4a-cosine": "frozen encoder, cosine of u and v",
+         "1b-uv": "fine-tuned, linear layer on [u; v]",
+         "1b": "fine-tuned, linear layer on [u; v; abs(u - v)]",
          "1d": "the same, with gradient surgery (PCGrad)",
-         "1b-cosine": "cosine of u and v (the default)",
-         "1b-cross": "each pair as one sequence"}
+         "1b-cosine": "fine-tuned, cosine of u and v (the default)",
+         "1b-cross": "fine-tuned, each pair as one sequence"}
 QUORA_SHARES = {"": 1, **{f"-{part}th": 1 / part for part in QUORA_PARTS}}  # of 2c and 2d
 PAIRS = ("sst-para", "sst-sts", "para-sts")
 BEST_OF_REPORTS = (0.513, 0.877, 0.870)  # report 5's figures of the leaderboard, on dev
@@ -89,7 +90,7 @@ def cfimdb_table(found):
 
 
 def values_of(records, what):
-    """A quantity of each run, none where it does not train the task.
+    """A quantity of each run, none where it does not train the task (but for sts with a cosine).
 
     what: "sst", "para", "sts" or "overall_2023"; "sst gap": train minus dev, how much it over-fits;
     "F1 of para"; "F1 of sst 0": of that class.
@@ -163,46 +164,53 @@ def report_score(system, what):
 
 def measured(found, claim, what):
     """Our difference, and whether it is significant; empty where one of the two does not train the
-    task. No test between two frozen systems: the spread is that of fine-tuned ones."""
+    task. No test where the second is frozen, as the first then is too: the spread is that of
+    fine-tuned systems."""
     before, after = (values_of(found[name], what) for name in (claim.base, claim.system))
     if not before or not after:
         return ""
-    here, least = difference(after, before, *spread_of(found, what))
-    return verdict(here, least if is_finetuned(claim.system) else None)
+    ours, least = difference(after, before, *spread_of(found, what))
+    return verdict(ours, least if is_finetuned(claim.system) else None)
 
 
 def quora_table(found):
     """Report 2's study: in turn (2c) and MT-DNN's schedule (2d) as the Quora set shrinks."""
     rows = []
-    for part, share in QUORA_SHARES.items():
-        pair = [found.get(f"{name}{part}") for name in ("2c", "2d")]
+    for suffix, share in QUORA_SHARES.items():
+        pair = [found.get(f"{name}{suffix}") for name in ("2c", "2d")]
         if all(pair):
             accuracy = [mean(scores(records, "para")) for records in pair]
             f1 = [mean(values_of(records, "F1 of para")) for records in pair]
             others = [mean(scores(records, task)) for records in pair for task in ("sst", "sts")]
-            rows.append((f"1/{1 / share:.0f}", *(f"{x:.3f}" for x in accuracy + f1),
+            rows.append((f"1/{round(1 / share)}", *(f"{x:.3f}" for x in accuracy + f1),
                          f"{f1[0] - f1[1]:+.3f}", *(f"{x:.3f}" for x in others)))
     return table(("share of the pairs", "para 2c", "para 2d", "F1 2c", "F1 2d", "F1 2c - 2d",
                   "sst 2c", "sts 2c", "sst 2d", "sts 2d"), rows)
 
 
 def gradients_table(found):
-    """What surgery measured between the tasks' gradients: means over steps and seeds."""
+    """What surgery measured between the tasks' gradients: means over updates and seeds. The first
+    of the two epochs is the first half."""
     rows = []
     for name in ("1d", "5d"):
-        steps = [line for record in found.get(name, []) for line in record.steps]
-        for pair in PAIRS:
-            measured = [(line["epoch"], line["gradients"]) for line in steps
-                        if pair in line["gradients"]["cosine"]]
-            if measured:
-                cosines = [mean(each["cosine"][pair] for epoch, each in measured if epoch == half)
-                           for half in (1, 2)]
-                others = [mean(each[key][pair] for _, each in measured)
-                          for key in ("conflict", "magnitude_similarity")]
-                rows.append((name, pair, *(f"{x:.3f}" for x in cosines),
-                             *(f"{x:.2f}" for x in others)))
+        lines = [line for record in found.get(name, []) for line in record.steps]
+        halves = [[line for line in lines if line["epoch"] == epoch] for epoch in (1, 2)]
+        for pair in PAIRS if all(halves) else ():
+            cosines = [mean_over_updates(half, "cosine", pair) for half in halves]
+            others = [mean_over_updates(lines, key, pair)
+                      for key in ("conflict", "magnitude_similarity")]
+            rows.append((name, pair, *(f"{x:.3f}" for x in cosines),
+                         *(f"{x:.2f}" for x in others)))
     return table(("system", "tasks", "cosine, first half", "cosine, second half",
                   "share of steps in conflict", "magnitude similarity"), rows)
+
+
+def mean_over_updates(lines, key, pair):
+    """Of what surgery measured. A line of metrics.jsonl is a mean itself, over its `updates`: ten,
+    or fewer before a save; the oldest records, which have ten throughout, do not say it."""
+    measured = [line["gradients"] for line in lines]
+    return np.average([each[key][pair] for each in measured],
+                      weights=[each.get("updates", 10) for each in measured])
 
 
 def all_tables(found):
@@ -241,8 +249,8 @@ def draw_quora(found):
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, task in zip(figure.subplots(1, 3), TASKS):
         for name, style, what in (("2c", "o-", "in turn"), ("2d", "s--", "MT-DNN's schedule")):
-            points = [(share, mean(scores(found[f"{name}{part}"], task)))
-                      for part, share in QUORA_SHARES.items() if f"{name}{part}" in found]
+            points = [(share, mean(scores(found[f"{name}{suffix}"], task)))
+                      for suffix, share in QUORA_SHARES.items() if f"{name}{suffix}" in found]
             if points:
                 axes.plot(*zip(*points), style, label=f"{name}: {what}")
         axes.set(xscale="log", title=task, xlabel="share of the Quora pairs", ylabel="dev score")
@@ -260,17 +268,18 @@ def draw_cosines(found):
                 lines = [line for line in record.steps if pair in line["gradients"]["cosine"]]
                 steps = [line["step"] for line in lines]
                 cosines = [line["gradients"]["cosine"][pair] for line in lines]
-                axes.plot(mean_of_ten(steps), mean_of_ten(cosines), color=color, lw=0.9,
+                axes.plot(moving_average(steps), moving_average(cosines), color=color, lw=0.9,
                           label=f"{name}, a line per seed" if i == 0 else None)
         axes.axhline(0, color="black", lw=0.5)
-        axes.set(title=pair, xlabel="step", ylabel="cosine, mean over 100 steps")
+        axes.set(title=pair, xlabel="step", ylabel="cosine, mean over about 100 steps")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     return figure
 
 
-def mean_of_ten(values):  # each is one of ten steps already
-    return np.convolve(values, np.ones(10) / 10, "valid")
+def moving_average(values, n=10):
+    """Over n values, each of which is a mean over ten steps (or fewer). (N,) -> (N - n + 1,)."""
+    return np.convolve(values, np.ones(n) / n, "valid")
 
 
 PICTURES = {"systems.png": draw_systems, "quora.png": draw_quora, "cosines.png": draw_cosines}
