@@ -19,10 +19,21 @@ PHRASES = "--sst_train DATA/ids-sst-phrases-train.csv"
 # two passes over the pairs, nearly as many over the phrases, six over sts
 TOGETHER = ("--option finetune --lr 2e-4 --epochs 4 --epoch_length 1132 "
             "--batch_size sst=64,para=64,sts=8")
-# about as many passes over pairs and phrases, more steps of sts towards the end
+# about as many passes over pairs and phrases, five over sts, most of them towards the end
 ANNEALED = ("--option finetune --lr 1e-4 --epochs 4 --epoch_length 2500 --schedule annealed "
             "--batch_size sst=64,para=64,sts=32")
+# a quarter of that, to choose between settings
+SHORT = ("--option finetune --epochs 2 --epoch_length 1250 --schedule annealed "
+         "--batch_size sst=64,para=64,sts=32")
 SYSTEMS = {
+    "short": System("phrases, cross-encoded pairs, annealed, a quarter of the steps",
+                    f"{SHORT} --lr 1e-4 --pair_head cross {PHRASES}"),
+    "short+rate": System("the same at a rate of 2e-4",
+                         f"{SHORT} --lr 2e-4 --pair_head cross {PHRASES}"),
+    "short+cosine": System("at 2e-4, a cosine for sts",
+                           f"{SHORT} --lr 2e-4 --pair_head para=cross,sts=cosine {PHRASES}"),
+    "short+pal": System("at 2e-4, a cosine for sts, PAL",
+                        f"{SHORT} --lr 2e-4 --pair_head para=cross,sts=cosine --pal {PHRASES}"),
     "annealed": System("phrases, cross-encoded pairs, annealed",
                        f"{ANNEALED} --pair_head cross {PHRASES}"),
     "phrases": System("phrases, the three tasks in each step, a cosine for sts",
