@@ -402,7 +402,7 @@ def train(args, model, data, schedule, run, encoder_folder):
 
     # epochs and steps that are done; last.pt holds this, and the tensors of model, gradients,
     # optimizers and regularizers
-    state = {"epoch": 0, "step": 0, "best": None, "data": data_digest(data)}
+    state = {"epoch": 0, "step": 0, "best": None}
     if run.last:
         load_state(run.last, state, model, gradients, optimizers, regularizers)
     run.start()
@@ -544,11 +544,7 @@ def save_state(run, state, model, gradients, optimizers, regularizers):
 
 
 def load_state(last, state, model, gradients, optimizers, regularizers):
-    """Restore what save_state wrote. Raises InputError where the data has changed, or for the
-    state of another script."""
-    if last.get("data") != state["data"]:
-        raise InputError("--resume: the data files or the vocabulary are not those that the run "
-                         "was started with")
+    """Restore what save_state wrote. Raises InputError for the state of another script."""
     with restoring():
         state.update({name: last[name] for name in state})
         model.load_state_dict(last["model"])
@@ -591,7 +587,7 @@ def train_and_predict(args, rank):
     schedule = Schedule(args.schedule, sizes, args.batch_size, args.epoch_length, args.seed,
                         args.epochs, args.upsample)
     folder = HERE / "runs" / args.name
-    run = Run(folder, vars(args), args.resume, writes=rank == 0)
+    run = Run(folder, vars(args), data_digest(data), args.resume, writes=rank == 0)
     print(scores_header(data), flush=True)
     best = train(args, model, data, schedule, run, encoder_folder)
     if distributed.is_initialized():

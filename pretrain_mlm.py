@@ -6,7 +6,7 @@ section 3.1, task 1; Gururangan et al. 2020; Sun et al. 2020, section 4.2), befo
     python pretrain_mlm.py --text FILE --out runs/mlm               any text, one sentence per line
     python pretrain_mlm.py --model runs/mlm --fill "A [MASK] film." the model's guesses for the gap
 
-15 % of each sequence's tokens (but for [CLS] and [SEP]) are to be predicted, drawn anew in every
+15 % of each sequence's tokens, special ones aside, are to be predicted, drawn anew in every
 pass: 80 % of them are replaced by [MASK], 10 % by a random token, and 10 % are left. The text is
 that of the training files alone; some of it is held out for the loss and perplexity that are
 printed. A pair is one sequence. A run leaves a BERT folder with the masked-LM head beside the
@@ -133,19 +133,20 @@ class MaskedLM(nn.Module):
             # the chosen positions, in packed order. Their number is known on the host, so a sort
             # finds them without a wait for the GPU, which hidden_states[boolean mask] would be
             order = packing.pack(chosen.int()).argsort(descending=True, stable=True)  # (T,)
-            chosen = order[:int(chosen.sum())]  # (N,)
+            positions = order[:int(chosen.sum())]  # (N,)
 
             # the head, on these alone; its decoder is the word embedding itself
-            hidden_states = hidden_states.index_select(0, chosen)
+            hidden_states = hidden_states.index_select(0, positions)
             hidden_states = self.layer_norm(F.gelu(self.dense(hidden_states)))  # (N, H)
             logits = F.linear(hidden_states, self.bert.word_embedding.weight, self.bias)
         if targets is not None:
-            targets = packing.pack(targets).index_select(0, chosen)
+            targets = packing.pack(targets).index_select(0, positions)
         return logits.float(), targets
 
     @classmethod
-    def from_pretrained(cls, folder, amp=False):
-        """A BERT folder, with its own masked-LM head where it has one. Raises InputError."""
+    def from_pretrained(cls, folder, amp=False, needs_head=False):
+        """A BERT folder, with its own masked-LM head where it has one. Raises InputError, with
+        needs_head also where it has none."""
         path, tensors = read_checkpoint(folder)
         # checkpoints of 2018 have TensorFlow's names
         current = {name: name.replace("gamma", "weight").replace("beta", "bias")
@@ -158,6 +159,9 @@ class MaskedLM(nn.Module):
         # the head is loaded whole or not at all
         found = {ours: to_float(path, theirs, published[theirs])
                  for ours, theirs in PUBLISHED.items() if theirs in published}
+        if not found and needs_head:
+            raise InputError(f"{path}: has no masked-LM head, so its guesses would be random; give "
+                             "--model a folder that has one, such as one that this script wrote")
         if not found:
             print(f"{path}: has no masked-LM head; it starts from random weights")
             return model
@@ -196,6 +200,7 @@ class Vocabulary:
         special, continuation = np.zeros((2, max(ids.values()) + 1), dtype=bool)
         for token, i in ids.items():
             special[i], continuation[i] = token in SPECIAL, token.startswith("##")
+        special[0] = True  # padding, whatever the vocabulary has there
         return cls(ids["[MASK]"], special, continuation)
 
 
@@ -264,7 +269,7 @@ def load_text(args, tokenizer, max_length, vocabulary):
     if size == 0:
         raise InputError(f"{len(tokens)} sequences of text are too few: one in twenty is held out")
     print(f"{len(tokens) - size} sequences to train on, {size} held out")
-    return [Examples(None, None, [], [], None, [], [tokens[i] for i in part])
+    return [Examples(None, None, [str(i) for i in part], [], None, [], [tokens[i] for i in part])
             for part in (order[size:], order[:size])]
 
 
@@ -307,8 +312,7 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder):
                                scaler=scaler)
     log = StepLog(run, ["text"], {}, model.device)
     # done: steps; start, best: held-out losses before training and of the best epoch
-    state = {"done": 0, "start": None, "best": None,
-             "data": data_digest({"text": {"train": text, "held out": held_out}})}
+    state = {"done": 0, "start": None, "best": None}
     if run.last:
         load_state(run.last, state, model, optimizer)
     run.start()
@@ -362,8 +366,8 @@ def end_epoch(args, model, held_out, vocabulary, run, state, encoder_folder, epo
     check_weights(model, epoch + 1, state["done"])
     loss = evaluate(model, held_out, vocabulary, args)
     if not math.isfinite(loss):
-        raise RunFailed(f"the held-out loss is {loss} after step {state['done']}; the last "
-                        "checkpoint is intact; try a lower --lr")
+        raise RunFailed(f"the held-out loss is {loss} after step {state['done']}; what was "
+                        "saved before is intact; start a new run with a lower --lr")
     improved = state["best"] is None or loss < state["best"]
     report(run, f"epoch {epoch + 1}/{args.epochs}", epoch + 1, state["done"], loss,
            "  best so far, saved" if improved else "")
@@ -380,11 +384,7 @@ def save_state(run, state, model, optimizer, epoch):
 
 
 def load_state(last, state, model, optimizer):
-    """Restore what save_state wrote. Raises InputError where the text has changed, or for the state
-    of another script."""
-    if last.get("data") != state["data"]:
-        raise InputError("--resume: the text or the vocabulary is not that which the run was "
-                         "started with")
+    """Restore what save_state wrote. Raises InputError for the state of another script."""
     with restoring():
         state.update({name: last[name] for name in state})
         model.load_state_dict(last["model"])
@@ -427,7 +427,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)  # for a new head
 
     if args.fill:
-        model = MaskedLM.from_pretrained(folder)
+        model = MaskedLM.from_pretrained(folder, needs_head=True)
         for sentence in args.fill:
             for guesses in fill(model, tokenizer, sentence):
                 print(f"{sentence}   " + "  ".join(f"{token} {p:.2f}" for token, p in guesses))
@@ -435,7 +435,8 @@ def main(argv=None):
     model = MaskedLM.from_pretrained(folder, args.amp).to(device)
     length = model.bert.config.max_position_embeddings
     text, held_out = load_text(args, tokenizer, length, vocabulary)
-    run = Run(args.out, vars(args), args.resume)
+    digest = data_digest({"text": {"train": text, "held out": held_out}})
+    run = Run(args.out, vars(args), digest, args.resume)
     train(args, model, text, held_out, vocabulary, run, folder)
     print(f"{os.path.relpath(args.out)}: encoder and masked-LM head, metrics.jsonl, curve.png")
 

@@ -46,7 +46,7 @@ class Batch:
 
     def describe(self):
         """Which examples these are, for a message."""
-        ids = [self.examples.ids[i] if self.examples.ids else str(i) for i in self.indices[:5]]
+        ids = [self.examples.ids[i] for i in self.indices[:5]]
         more = ", ..." if len(self.indices) > len(ids) else ""
         source = self.examples.path.name if self.examples.path else "the training text"
         return f"{len(self.indices)} examples of {source} with the ids {', '.join(ids)}{more}"
@@ -110,10 +110,10 @@ class TaskBatches:
 
     def indices(self, n):
         """The examples of the n-th batch of the run, n from 0."""
-        number, i = divmod(n, self.batches_per_pass)
-        if self.shuffled[0] != number:
-            generator = np.random.default_rng(seed_of("shuffle", *self.key, number))
-            self.shuffled = number, generator.permutation(self.size)
+        pass_number, i = divmod(n, self.batches_per_pass)
+        if self.shuffled[0] != pass_number:
+            generator = np.random.default_rng(seed_of("shuffle", *self.key, pass_number))
+            self.shuffled = pass_number, generator.permutation(self.size)
         return self.shuffled[1][int(i * self.batch_size):int((i + 1) * self.batch_size)]
 
 
@@ -136,8 +136,8 @@ def round_robin(plan, epoch):
 
 
 def mixed(plan, epoch):
-    """round_robin, but one --batch_size for all tasks is divided among them in proportion to their
-    sets (see Schedule), so that all end together (report 5)."""
+    """round_robin, but with one --batch_size B for all of K tasks, B x K examples per step are
+    divided among them in proportion to their sets (see Schedule): all end together (report 5)."""
     return round_robin(plan, epoch)
 
 
@@ -149,8 +149,9 @@ def mtdnn(plan, epoch):
     union = sequential(plan, epoch)
     start, steps = epoch * plan.steps_per_epoch, []
     first, last = start // len(union), (start + plan.steps_per_epoch - 1) // len(union)
-    for number in range(first, last + 1):
-        order = np.random.default_rng(seed_of("mtdnn", plan.seed, number)).permutation(len(union))
+    for pass_number in range(first, last + 1):
+        generator = np.random.default_rng(seed_of("mtdnn", plan.seed, pass_number))
+        order = generator.permutation(len(union))
         steps += [union[i] for i in order]
     return steps[start % len(union):][:plan.steps_per_epoch]
 
@@ -250,8 +251,8 @@ class Schedule:
         before left it."""
         done = Counter(task for earlier in range(epoch) for step in self.tasks(earlier)
                        for task in step)
-        for number, step in enumerate(self.tasks(epoch)):
-            if number >= first:
+        for step_number, step in enumerate(self.tasks(epoch)):
+            if step_number >= first:
                 yield [(task, self.batches[task].indices(done[task])) for task in step]
             done.update(step)
 

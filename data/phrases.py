@@ -2,6 +2,7 @@
 the course's format, to train on in place of the sentences.
 
     python data/phrases.py        fetches the treebank and writes ids-sst-phrases-train.csv here
+    python multitask_classifier.py --sst_train data/ids-sst-phrases-train.csv ...    trains on it
 
 The treebank (Socher et al. 2013) has a parse tree of each sentence, and a label from 0 to 4 at
 every node: `(3 (2 It) (3 (2 's) (3 good)))` holds five phrases. The course took only the sentences.
@@ -13,6 +14,7 @@ import re
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 if not __package__:  # run as `python data/phrases.py`
@@ -52,9 +54,11 @@ def read_treebank(path):
     """{"train", "dev", "test": trees}. Raises InputError where the file is not the treebank."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return {split: archive.read(f"trees/{split}.txt").decode("utf-8").splitlines()
-                    for split in ("train", "dev", "test")}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            texts = {split: archive.read(f"trees/{split}.txt").decode("utf-8")
+                     for split in ("train", "dev", "test")}
+        return {split: [line for line in text.splitlines() if line.strip()]
+                for split, text in texts.items()}
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read as the treebank ({error}); it should be "
                          f"{TREEBANK}") from None
 

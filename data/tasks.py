@@ -311,8 +311,10 @@ def find_data_files(args, splits=("train", "dev", "test")):
             continue
         paths[task][split] = path or default
         if not paths[task][split].is_file():
-            raise InputError(f"{paths[task][split]}: no such file; give --data_dir, or "
-                             f"--{task}_{split} FILE")
+            flag = f"{task}_{split}"
+            single = f", or it with --{flag} FILE" if hasattr(args, flag) else ""
+            raise InputError(f"{paths[task][split]}: no such file; give the folder that has it "
+                             f"with --data_dir{single}")
     for name, path in aux.items():
         paths[name] = {"train": Path(path)}
         if not Path(path).is_file():
@@ -325,10 +327,12 @@ def default_folder(given):
     reported. given: {(task, split): path or None}"""
     needed = [DATA / TASKS[task].filename(split) for (task, split), path in given.items()
               if path is None and split != "test"]
-    if all(path.exists() for path in needed):
+    missing = [path.name for path in needed if not path.exists()]
+    if not missing:
         return DATA
     folder = DATA / "demo"
-    print(f"*** The real sets are not in {os.path.relpath(DATA)}: this run uses the demo sets in "
+    more = f" and {len(missing) - 1} more files are" if len(missing) > 1 else " is"
+    print(f"*** {missing[0]}{more} not in {os.path.relpath(DATA)}: this run uses the demo sets in "
           f"{os.path.relpath(folder)},\n*** which are too small for meaningful scores. "
           "For the real sets: python data/download.py", flush=True)
     return folder

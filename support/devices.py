@@ -39,10 +39,10 @@ def half_precision(device):
 
 
 def autocast(device, amp):
-    """The context of the encoder's forward pass: half precision where `amp`."""
-    if not amp:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, half_precision(device.type))
+    """The context of the encoder's forward pass: half precision where `amp`. A run that was made
+    with it computes in float32 on a machine that has none."""
+    dtype = half_precision(device.type) if amp else None
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def make_scaler(device, amp):
@@ -123,6 +123,7 @@ def rank_and_world():
 
 
 def sum_over_processes(tensor):
+    """In place. Returns the tensor."""
     if distributed.is_initialized():
         distributed.all_reduce(tensor)
     return tensor

@@ -12,6 +12,7 @@ from scipy.stats import pearsonr
 from tqdm import tqdm
 
 from data.batches import evaluation_batches, seed_of
+from data.tasks import TASKS
 from support.devices import rank_and_world, sum_over_processes
 from support.files import InputError, write_atomically
 from support.run import RunFailed
@@ -57,7 +58,8 @@ def encode_once(model, data):
                 where, found = [], []
                 for batch in evaluation_batches(examples, np.arange(len(examples))):
                     pooled = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-                    found.append(pooled.unflatten(0, (sides, -1)).transpose(0, 1))  # from (S, H)
+                    # (S, H) -> (B, sides, H)
+                    found.append(pooled.unflatten(0, (sides, -1)).transpose(0, 1))
                     where.append(batch.indices)
                     bar.update(len(batch.indices))
                 # in the order of the examples, on the CPU, where `collate` takes those of a batch
@@ -135,8 +137,8 @@ def evaluate(model, data, seed):
 
             # the score of such outputs would be meaningless, or NaN, which no epoch beats
             if not np.isfinite(outputs).all():
-                raise RunFailed(f"the outputs for {name} {split} are not finite; the last "
-                                "checkpoint is intact; try a lower --lr, or --clip 1")
+                raise RunFailed(f"the outputs for {name} {split} are not finite; what was saved "
+                                "before is intact; start a new run with a lower --lr")
             predictions = to_predictions(examples.task, outputs)
             labels = examples.labels if indices is None else examples.labels[indices]
             scores[split][name] = score(examples.task, predictions, labels)
@@ -222,29 +224,34 @@ def write_errors(path, results):
             for examples, outputs in results:
                 losses = example_loss(examples.task, outputs, examples.labels)
                 predictions = to_predictions(examples.task, outputs)
-                for i in np.argsort(-losses, kind="stable")[:MAX_ERRORS]:
-                    right = predictions[i] == examples.labels[i]
-                    if examples.task.kind == "regression" or not right:
-                        writer.writerow([examples.task.name, examples.ids[i],
-                                         f"{examples.labels[i]:g}", f"{predictions[i]:.3g}",
-                                         f"{losses[i]:.3f}", *examples.texts[i]])
+                order = np.argsort(-losses, kind="stable")
+                if examples.task.kind != "regression":
+                    order = order[predictions[order] != examples.labels[order]]
+                for i in order[:MAX_ERRORS]:
+                    writer.writerow([examples.task.name, examples.ids[i],
+                                     f"{examples.labels[i]:g}", f"{predictions[i]:.3g}",
+                                     f"{losses[i]:.3f}", *examples.texts[i]])
     write_atomically(path, write)
 
 
 def output_paths(args, paths, run_folder):
     """{(task, split): path} of the predictions. Raises InputError where one cannot be written."""
-    outputs = {}
-    for task in (*args.tasks, *args.score_also):
+    outputs, folder = {}, run_folder / "predictions"
+    scored = [*args.tasks, *args.score_also]
+    for task in TASKS:
         for split in ("dev", "test"):
-            given = getattr(args, f"{task}_{split}_out")
-            folder = run_folder / "predictions"
-            if split in paths[task]:
-                outputs[task, split] = given or folder / f"{task}-{split}-output.csv"
-            elif given:
-                raise InputError(f"--{task}_{split}_out: there is no {task} {split} file to "
-                                 "predict")
+            flag = f"{task}_{split}_out"
+            given = getattr(args, flag)
+            if given and task not in scored:
+                raise InputError(f"--{flag}: {task} is not among --tasks {','.join(args.tasks)}")
+            if given and split not in paths[task]:
+                raise InputError(f"--{flag}: there is no {task} {split} file to predict")
             if given and (given.is_dir() or not given.absolute().parent.is_dir()):
-                raise InputError(f"--{task}_{split}_out {given}: not a file in an existing folder")
+                raise InputError(f"--{flag} {given}: not a file in an existing folder")
+            if given and given.absolute() in {path.absolute() for path in outputs.values()}:
+                raise InputError(f"--{flag} {given}: is the file of other predictions too")
+            if task in scored and split in paths[task]:
+                outputs[task, split] = given or folder / f"{task}-{split}-output.csv"
     return outputs
 
 

@@ -142,7 +142,7 @@ def resumed(parser, check, argv, folder_flag):
     """The flags of the run that --resume in argv names.
 
     Of the other flags --save_every is used, and paths, since what a run was started with may have
-    been moved; other data is detected by its digest. Raises InputError where one contradicts the
+    been moved; `Run` detects other data by its digest. Raises InputError where one contradicts the
     run's, or a path does not exist any more.
     """
     # parsed with None for every default, so that what is not None was typed
@@ -158,10 +158,14 @@ def resumed(parser, check, argv, folder_flag):
         started_in, model_is_folder = PROJECT / saved["folder"], bool(saved["model_is_folder"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {folder}: no run to resume ({type(error).__name__} in its "
-                         "args.json)") from None
+                         "args.json); name the run's folder, as in runs/NAME") from None
 
     # the run's flags as they were, and with the new paths and what was typed now
-    before = check(parser.parse_args(of_run))
+    try:
+        before = check(parser.parse_args(of_run))
+    except InputError as error:  # a GPU, for example
+        raise InputError(f"--resume {folder}: this machine lacks what the run was started with "
+                         f"({error})") from None
     args = parser.parse_args(of_run)
     given_aux = dict(given.pop("aux", []))
     missing = take_paths(args, started_in, given, given_aux, model_is_folder)
@@ -245,8 +249,9 @@ def check_tasks(args):
     for name in args.aux:
         if name in TASKS:
             raise InputError(f"argument --aux: {name!r} is a task already; choose another")
-        # torch's ModuleDict, which holds the heads, has names of its own: train, keys, ...
-        if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+        # torch's ModuleDict, which holds the heads, has names of its own: train, keys, ...; and
+        # "text" has the sentences in the answers of support/predict.py
+        if not name.isidentifier() or hasattr(nn.ModuleDict(), name) or name == "text":
             raise InputError(f"argument --aux: {name!r} is not a plain name; choose another")
 
     args.trained = [*args.tasks, *args.aux]

@@ -103,20 +103,21 @@ def plot_study(folders, path):
                 read_metrics(folder, "evaluation"),
                 key=lambda line: sum(line["dev"].get(task, 0) for task in trained))["dev"]
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{folder}: not a finished run ({error})") from None
+            raise InputError(f"{folder}: cannot be read as a run ({error})") from None
     limits = {folder: args["limit"] or {} for folder, args in flags.items()}
     task = limited_task(limits.values(), best[folders[0]])
 
-    # a line for each set of other flags
-    others = [name for name in flags[folders[0]] if name not in ("limit", "name", "argv", "resume")
+    # a line for each set of other flags; some only say where a run was started
+    same = ("limit", "name", "argv", "resume", "folder", "data_dir", "data_digest", "device")
+    others = [name for name in flags[folders[0]] if name not in same
               and len({json.dumps(args.get(name)) for args in flags.values()}) > 1]
     lines = {}
     for folder, args in flags.items():
-        label = ", ".join(f"{name} {args[name]}" for name in others)
+        label = ", ".join(f"{name} {args.get(name)}" for name in others)
         lines.setdefault(label, []).append((limits[folder].get(task, 1.0), best[folder]))
 
-    # a panel per score
-    scored = list(best[folders[0]])
+    # a panel per score that all have
+    scored = [name for name in best[folders[0]] if all(name in dev for dev in best.values())]
     figure = Figure(figsize=(4 * len(scored), 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(scored), squeeze=False)[0], scored):
         for label, points in lines.items():
@@ -152,6 +153,8 @@ def main(argv=None):
             raise InputError(f"{folder}: no metrics.jsonl there, or no evaluation in it yet")
     if len(args.run) > 1 and not args.out:
         raise InputError("several runs: give --out PICTURE")
+    if len(args.run) == 1 and args.out:
+        raise InputError("--out: is for several runs; that of one run is its curves.png")
 
     if args.out:
         plot_study(args.run, args.out)

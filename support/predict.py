@@ -1,7 +1,8 @@
 """Query a trained model: what a run makes of sentences.
 
     python support/predict.py RUN "A quiet film."                          its sentiment
-    python support/predict.py RUN "How old are you?" "What is your age?"   and what the pair has
+    python support/predict.py RUN "How old are you?" "What is your age?"   and of the pair:
+                                        whether both mean the same, and how similar they are
     python support/predict.py RUN --input FILE                             per line; - for stdin
 
 From Python: predict_sentences(MultitaskBERT.load(RUN), [("A quiet film.",), ("One", "another")]).
@@ -50,7 +51,8 @@ def check_rows(rows, where=index_in_list):
             raise InputError(f"{where(i)}: a row is a tuple of one or two sentences, "
                              f"not of type {type(row).__name__}")
         if not 1 <= len(row) <= 2:
-            raise InputError(f"{where(i)}: {len(row)} sentences, and a row has one or two")
+            raise InputError(f"{where(i)}: {len(row)} sentences, where one or two are "
+                             "expected; at a terminal put quotes around each")
         for sentence in row:
             reason = sentence_error(sentence)
             if reason:
@@ -142,6 +144,7 @@ def describe(row, prediction):
     lines = ["  |  ".join(row)]
     for name, value in prediction.items():
         if isinstance(value, dict):
+            lines += [f"  {name}, of the first sentence:"] if len(row) > 1 else []
             lines += [f"  {name:8} {label:16} {bar(p)} {p:.3f}" for label, p in value.items()]
         elif name == "para":
             lines.append(f"  {name:8} {'same meaning':16} {bar(value)} {value:.3f}")

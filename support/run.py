@@ -1,15 +1,16 @@
 """What surrounds training: a run's folder and how it resumes, Ctrl-C, metrics, exit status.
 
 metrics.jsonl has one JSON object per line. `epoch` and `step` count from 1, `step` over the whole
-run. Fields in brackets are there only in the runs that have them.
+run; pretrain_mlm.py also evaluates before training, at 0. Fields in brackets are there only in the
+runs that have them.
 
     kind "step": means over the steps since the line before, ten or fewer
         losses              {task: loss}, without the regularizers
         lr                  the learning rate of the last update
         tokens_per_second, steps_per_second     tokens without padding, over all processes
         [regularizers]      {"TASK smart" or "TASK proximal": the term, times its weight}
-        [gradients]         under surgery: the number of updates, and what `diagnostics` of
-                            pcgrad.py measures, {"norm": {task: ...}, "cosine": {pair: ...}, ...}
+        [gradients]         with surgery or --log_gradients: the number of updates, and what
+                            `diagnostics` of pcgrad.py measures, {"norm": {task: ...}, ...}
         [skipped_updates]   their number; float16 skips where a gradient overflows
     kind "evaluation": after an epoch
         dev, train          {task: accuracy, or Pearson's r}, also of --score_also; train on at
@@ -26,6 +27,7 @@ import os
 import pickle
 import shlex
 import signal
+import stat
 import sys
 import threading
 import time
@@ -52,28 +54,38 @@ class Interrupted(RuntimeError):
 # ---------------------------------------------------------------- the folder of a run
 
 class Run:
-    """A run's folder: args.json, metrics.jsonl, last.pt. `last` is what last.pt holds where a run
-    is resumed, else None.
+    """A run's folder: args.json, metrics.jsonl, last.pt. `last` is what last.pt holds; None for a
+    new run, and for one that was killed before its first save, which starts over.
 
-    args: the flags. resume: resume the run in this folder. writes: False for all processes but the
-    first. Raises InputError where the folder exists already, or has no run to resume, or where
-    last.pt is damaged.
+    args: the flags. digest: of the data (`data_digest`), which a resumed run must find unchanged.
+    resume: resume the run in this folder. writes: False for all processes but the first. Raises
+    InputError where the folder exists already, where the data differs, or where last.pt or
+    metrics.jsonl is damaged.
     """
 
-    def __init__(self, folder, args, resume=False, writes=True):
+    def __init__(self, folder, args, digest, resume=False, writes=True):
         self.folder, self.writes, self.last = Path(folder), writes, None
         self.length = 0  # of metrics.jsonl when last.pt was saved
-        # the flags that resume it from this directory: those of now where it is resumed already
+        # what to type to resume it from this directory; a resumed run, the same flags again
         self.flags = args["argv"] if resume else ["--resume", os.path.relpath(self.folder)]
         if resume:
-            self.last = read_last(self.folder / "last.pt")
-            self.length = self.last["metrics"] if self.last else 0
-            path = self.folder / "metrics.jsonl"
-            if self.length > (path.stat().st_size if path.exists() else 0):
-                raise InputError(f"{path}: is shorter than when last.pt was saved; it is damaged")
+            self._find(digest)
         elif writes:
-            self._make(args)
+            self._make({**args, "data_digest": digest})
         self.saved_at = time.perf_counter()
+
+    def _find(self, digest):
+        args = json.loads((self.folder / "args.json").read_text(encoding="utf-8"))
+        if args.get("data_digest") != digest:
+            raise InputError(f"--resume {self.folder}: the data files or the vocabulary are not "
+                             "those that the run was started with; name those with --data_dir, "
+                             "--model or the flag of the file")
+        self.last = read_last(self.folder / "last.pt")
+        self.length = self.last["metrics"] if self.last else 0
+        path = self.folder / "metrics.jsonl"
+        if self.length > (path.stat().st_size if path.exists() else 0):
+            raise InputError(f"{path}: is shorter than when last.pt was saved; it is damaged, so "
+                             "start a new run")
 
     def _make(self, args):
         # made under another name and renamed, so that a run's folder always has its args.json
@@ -81,15 +93,15 @@ class Run:
         text = json.dumps(args, indent=2, default=str) + "\n"
         try:
             if self.folder.exists():
-                raise InputError(f"{self.folder}: a run of this name exists; choose another "
-                                 f"--name, or resume it with --resume {self.folder}")
+                raise InputError(f"{self.folder}: a run of this name exists; choose another name, "
+                                 f"or resume it with --resume {self.folder}")
             new.mkdir(parents=True)
             write_atomically(new / "args.json",
                              lambda path: path.write_text(text, encoding="utf-8"))
             os.rename(new, self.folder)
         except OSError as error:
             raise InputError(f"{self.folder}: this folder cannot be made "
-                             f"({error.strerror or error}); choose another --name") from None
+                             f"({error.strerror or error}); choose another name") from None
 
     def start(self):
         """Open metrics.jsonl, cut back to its length when last.pt was saved."""
@@ -138,13 +150,14 @@ def read_last(path):
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, KeyError,
             IndexError, TypeError, AttributeError, OSError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as tensors and plain values "
-                         f"({type(error).__name__}); it is damaged, or holds more than that"
-                         ) from None
+                         f"({type(error).__name__}); it is damaged, or holds more than that; "
+                         "start a new run") from None
 
 
 @contextlib.contextmanager
 def restoring():
-    """While what a last.pt holds is put back: an error there means that it is another script's."""
+    """Around the restoring of what a last.pt holds: an error there means that another script wrote
+    it."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -186,7 +199,7 @@ class Interruption:
     """
 
     def __enter__(self):
-        self.asked = False
+        self.asked, self.pipes = False, {}
         main_thread = threading.current_thread() is threading.main_thread()
         self.mine = main_thread and rank_and_world()[1] == 1
         if self.mine:
@@ -197,8 +210,16 @@ class Interruption:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this update, and saving; Ctrl-C again to stop at once",
-              file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print("\nstopping after this update, and saving; Ctrl-C again to stop at once",
+                  file=sys.stderr, flush=True)
+
+        # in `... | tee log` the same Ctrl-C ends tee; until all is saved, write into no pipe
+        for number in (1, 2):  # standard output and error
+            with contextlib.suppress(OSError):
+                if stat.S_ISFIFO(os.fstat(number).st_mode):
+                    self.pipes[number] = os.dup(number)
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
     def check(self, run):
         """After a save: raises Interrupted where Ctrl-C was pressed."""
@@ -207,6 +228,8 @@ class Interruption:
             raise Interrupted(f"stopped; everything is saved; resume with: {command}")
 
     def __exit__(self, *_):
+        for number, pipe in self.pipes.items():
+            os.dup2(pipe, number)
         if self.mine:
             signal.signal(signal.SIGINT, self.before)
 
@@ -287,8 +310,8 @@ class StepLog:
             if not math.isfinite(loss):
                 at = step - self.steps + number
                 raise RunFailed(f"the loss of {name} is {loss} at step {at} (epoch {epoch}), "
-                                f"{batch.describe()}; the last checkpoint is intact; "
-                                "try a lower --lr, or --clip 1")
+                                f"{batch.describe()}; what was saved before is intact; start a "
+                                "new run with a lower --lr")
 
 
 def progress_bar(schedule, epoch, first, epochs):
@@ -312,7 +335,8 @@ def check_weights(model, epoch, step):
     finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).tolist()
     if not all(finite):
         raise RunFailed(f"{names[finite.index(False)]} is not finite after step {step} of epoch "
-                        f"{epoch}; the last checkpoint is intact; try a lower --lr, or --clip 1")
+                        f"{epoch}; what was saved before is intact; start a new run with a "
+                        "lower --lr")
 
 
 # ---------------------------------------------------------------- how a script ends

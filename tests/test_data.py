@@ -84,7 +84,8 @@ def test_the_demo_sets_are_used_only_where_no_files_were_asked_for():
     shutil.copytree(DEMO, demo)
     with mock.patch.object(tasks, "DATA", folder):
         paths, printed = find_files()
-        assert "are not in" in printed and "download.py" in printed
+        assert "ids-sst-train.csv and 5 more files are not in" in printed, printed
+        assert "download.py" in printed
         assert paths["sst"]["train"] == demo / "ids-sst-train.csv"
 
         # a folder or a file that was asked for is not replaced by the demo

@@ -418,7 +418,8 @@ def test_bad_input_to_pretraining_is_one_line_and_status_2():
     for flags, part in (
             (["--model", broken], "cls.predictions.bias of its masked-LM head is missing"),
             (["--out", folder], "a run of this name exists"),
-            (["--fill", "nothing hidden"], "no [MASK] in it"),
+            (["--fill", "a [MASK]"], "has no masked-LM head, so its guesses would be random"),
+            (["--model", folder, "--fill", "nothing hidden"], "no [MASK] in it"),
             (["--text", folder / "missing.txt"], "missing.txt: cannot be read"),
             (["--tasks", "yelp"], "unknown task")):
         status, printed, _ = mlm(*flags)
@@ -480,21 +481,22 @@ def test_gaps_are_filled_with_the_most_probable_tokens():
 
 
 def test_fill_truncates_a_long_sentence_as_training_does():
+    model = ["--model", pretrained()[1]]
     short = "a " * 40 + "[MASK] film"
-    status, printed, _ = mlm("--fill", short, short + " of" * 40)
+    status, printed, _ = mlm(*model, "--fill", short, short + " of" * 40)
     assert status == 0 and printed.count("truncated 1 of 1 rows to 64 tokens") == 1, printed
 
     # beyond the 62 tokens that are read, the sentence has no effect
     tokenizer = load_tokenizer(workspace() / "tiny")
     with contextlib.redirect_stdout(io.StringIO()):
-        model = MaskedLM.from_pretrained(workspace() / "tiny")
-        long, longer = (pretrain_mlm.fill(model, tokenizer, short + " a" * n) for n in (20, 80))
+        loaded = MaskedLM.from_pretrained(workspace() / "tiny")
+        long, longer = (pretrain_mlm.fill(loaded, tokenizer, short + " a" * n) for n in (20, 80))
     assert long == longer and len(long) == 1 and len(long[0]) == 5
 
-    status, printed, _ = mlm("--fill", "a " * 61 + "[MASK] a")  # the last one before [SEP]
+    status, printed, _ = mlm(*model, "--fill", "a " * 61 + "[MASK] a")  # the last one before [SEP]
     assert status == 0 and "truncated 1 of 1 rows" in printed, printed
     for sentence in ("a " * 62 + "[MASK]", "[MASK] " + "a " * 70 + "[MASK]"):
-        status, printed, _ = mlm("--fill", sentence)
+        status, printed, _ = mlm(*model, "--fill", sentence)
         assert status == 2 and "Traceback" not in printed, printed
         assert "truncated 1 of 1 rows" not in printed, printed
         assert ("a [MASK] is truncated away, since the encoder reads 64 tokens"

@@ -97,6 +97,7 @@ def test_a_reader_gets_words_numbers_and_bars():
     prediction = {"sst": {"negative": 0.25, "positive": 0.75}, "para": 0.5, "sts": 4.0}
     assert predict.describe(("One.", "Two."), prediction).splitlines() == [
         "One.  |  Two.",
+        "  sst, of the first sentence:",
         "  sst      negative         #####............... 0.250",
         "  sst      positive         ###############..... 0.750",
         "  para     same meaning     ##########.......... 0.500",
@@ -273,7 +274,7 @@ def test_what_training_prints_can_be_printed_to_any_stream():
         status, out, _ = printed_in("ascii", main, *common, flag, name)
         assert status == 0 and b"\\u05e9\\u05dc" in b"".join(out.splitlines()[-2:]), out
 
-    fill = ["--model", root / "tiny", "--fill"]
+    fill = ["--model", name, "--fill"]
     status, out, _ = printed_in("cp1252", pretrain_mlm.main, *fill, "a \u2603 [MASK]")
     assert status == 0 and b"\\u2603" in out
     name = root / "runs" / "\udce9"
@@ -290,7 +291,12 @@ def test_closed_streams_end_in_no_traceback():
     assert status == 2 and printed.count("\n") == 1 and "standard input: is closed" in printed
 
     # as Python finds them after >&- 2>&-
-    fill = ["--model", str(workspace() / "tiny"), "--fill", "[MASK]"]
+    pretrained = str(workspace() / "runs" / "closed-streams")
+    status, printed = quietly(pretrain_mlm.main, "--model", workspace() / "tiny", "--data_dir",
+                              workspace() / "data", "--epochs", 1, "--epoch_length", 1, "--out",
+                              pretrained)
+    assert status == 0, printed
+    fill = ["--model", pretrained, "--fill", "[MASK]"]
     for expected, main, words in ((0, predict.main, [str(folder), FIRST]),
                                   (2, predict.main, [str(folder), " "]),
                                   (0, pretrain_mlm.main, fill)):

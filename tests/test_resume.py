@@ -405,8 +405,7 @@ def test_a_last_pt_of_something_else_is_rejected():
             ({"model": Payload()}, "holds more than that"),
             ({"model": {}}, "damaged, or holds more"),
             (torch.zeros(3), "damaged, or holds more"),
-            ({"metrics": 0, "data": "x"}, "not those that the run was started with"),
-            ({"metrics": 0, "data": state["data"]}, "last.pt is not what this script saves"),
+            ({"metrics": 0}, "last.pt is not what this script saves"),
             (state, "last.pt is not what this script saves")):
         torch.save(content, path)
         check_not_resumed(part, folder)
@@ -470,7 +469,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint():
 
 
 def test_metrics_on_a_full_disk_are_an_error_that_names_the_file():
-    of_run = Run(Path(tempfile.mkdtemp(dir=workspace())) / "run", {})
+    of_run = Run(Path(tempfile.mkdtemp(dir=workspace())) / "run", {}, "digest")
     of_run.start()
     of_run.metrics.close()
     of_run.metrics = open("/dev/full", "w")
@@ -480,7 +479,8 @@ def test_metrics_on_a_full_disk_are_an_error_that_names_the_file():
 
 
 def test_saving_is_due_after_minutes():
-    of_run, now = Run(Path(tempfile.mkdtemp(dir=workspace())) / "run", {}), time.perf_counter()
+    of_run = Run(Path(tempfile.mkdtemp(dir=workspace())) / "run", {}, "digest")
+    now = time.perf_counter()
     with mock.patch.object(time, "perf_counter", lambda: now):
         for seconds, minutes, due in ((0, 1, False), (59, 1, False), (61, 1, True),
                                       (299, 5, False), (301, 5, True), (0, 0, True)):
