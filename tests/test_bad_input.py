@@ -185,6 +185,11 @@ def test_bad_files_are_rejected():
         ("no such file", "--sst_train", root),
         ("no column 'sentence1'", "--sts_train", root / "data" / "ids-sst-train.csv"),
         ("not a file in an existing folder", "--sst_dev_out", root),
+        ("--para_dev_out: para is not among --tasks sst", "--tasks", "sst", "--para_dev_out",
+         root / "a.csv"),
+        ("is the file of other predictions too", "--sst_dev_out", root / "a.csv",
+         "--sts_dev_out", root / "a.csv"),
+        ("'text' is not a plain name", "--aux", f"text={root / 'data' / 'stars-train.csv'}"),
         ("not a file in an existing folder", "--sst_dev_out", root / "nowhere" / "a.csv"))
 
 

@@ -647,6 +647,14 @@ def fetch(base, path, blob):
         return captured(download.download_sets, base, path.parent)
 
 
+def test_a_download_that_cannot_begin_says_why():
+    path = Path(tempfile.mkdtemp(dir=workspace())) / "a.csv"
+    failed, _ = fetch("no-address", path, "blob")
+    assert len(failed) == 1 and "no-address/a.csv" in failed[0], failed
+    path.touch()
+    raises(InputError, "cannot be made", download.download_sets, "base", path / "folder")
+
+
 def test_an_interrupted_download_is_resumed():
     path, own = Path(tempfile.mkdtemp(dir=workspace())) / "a.csv", download.git_blob(BODY)
     with serving(ends=[30000, 50000]) as (base, requests):

@@ -264,6 +264,19 @@ def test_errors_and_confusion_matrix_are_of_the_dev_sets():
     assert np.trace(matrix) == round(8 * best["dev"]["sst"])
 
 
+def test_errors_are_wrong_however_large_the_losses_of_the_right_ones_are():
+    """100 right examples with a probability of .21, and one wrong one with .4 for its label."""
+    examples = three_task_model()[1]["sst"].take(np.zeros(101, dtype=int))
+    examples.ids, label = [str(i) for i in range(101)], int(examples.labels[0])
+    probabilities = np.full((101, 5), 0.1975)
+    probabilities[:, label] = 0.21
+    probabilities[100] = 0.05
+    probabilities[100, label], probabilities[100, label - 1] = 0.4, 0.45
+    folder = Path(tempfile.mkdtemp(dir=workspace()))
+    evaluation.write_errors(folder / "errors.csv", [(examples, np.log(probabilities))])
+    assert [row["id"] for row in errors_of(folder)] == ["100"]
+
+
 def test_errors_are_the_examples_with_the_largest_loss():
     """Of 120 wrong similarities and 120 wrong classes fifty each, with texts and labels."""
     _, examples = three_task_model()
@@ -428,6 +441,8 @@ def test_a_study_has_the_best_epoch_of_each_run():
     assert lines == {"": [(0.5, best), (1.0, falling)]}
 
     one = [best]
+    lines = study_of(({"para": 0.5}, one), ({"para": 0.25}, [{"para": 0.5}]))
+    assert lines == {"": [(0.5, best), (0.25, {"para": 0.5})]}, "drawn for para alone"
     raises(InputError, "differ in --limit of sst, para", study_of,
            ({"para": 0.5, "sst": 0.5}, one), ({"para": 0.25, "sst": 0.25}, one))
 
@@ -446,5 +461,7 @@ def test_the_command_of_the_plots_draws_and_rejects():
     raises(InputError, "differ in --limit of no task", plots.main,
            [str(whole), str(whole), "--out", str(picture)])
     raises(InputError, "give --out", plots.main, [str(half), str(whole)])
+    raises(InputError, "--out: is for several runs", plots.main,
+           [str(whole), "--out", str(picture)])
     (half / "metrics.jsonl").write_text('{"kind": "step", "torn')
     raises(InputError, "no evaluation in it yet", plots.main, [str(half)])

@@ -204,6 +204,22 @@ def test_ctrl_c_ends_the_optimizer_step_and_saves():
     assert status == 0 and equal(whole, stopped), printed
 
 
+def test_ctrl_c_saves_where_it_also_ends_the_program_that_reads_the_output():
+    """As in `... 2>&1 | tee log`."""
+    folder = workspace() / "runs" / "beside-tee"
+    words = resumable(["--save_every", 100, "--epoch_length", 10 ** 6])
+    process = subprocess.Popen(
+        [sys.executable, multitask_classifier.__file__, *map(str, words), "--name", str(folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or not metrics.stat().st_size:  # until it trains
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130 and saved(folder) >= (0, 10)
+
+
 def test_a_second_ctrl_c_stops_at_once():
     handler = signal.getsignal(signal.SIGINT)
     words = resumable(["--accumulate", 3, "--save_every", 100])
@@ -440,6 +456,11 @@ def test_changed_data_is_rejected():
         check_not_resumed("not those that the run was started with", folder)
         path.write_text(text, encoding="utf-8")
     assert train("--resume", folder)[0] == 0
+
+    # also where the run was killed before it saved anything
+    (folder / "last.pt").unlink()
+    check_not_resumed("not those that the run was started with", folder, "--sst_train",
+                      data / "ids-sst-dev.csv")
 
 
 # ---------------------------------------------------------------- saving and metrics
