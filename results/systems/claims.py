@@ -80,7 +80,7 @@ CLAIMS = [
     Claim(4, "projected attention layers help a bit", "4e", "4e-pal",
           here="not seen; one seed cannot show a gain as small as the report's"),
     Claim(4, "SMART on top of all else is best", "4e-pal", "4f",
-          here="not seen; a gain as in the report is not excluded"),
+          here="not seen: no significant difference in any task"),
     Claim(4, "the best model far exceeds the frozen one", "4b", "4f",
           here="yes; so does 4e-pal, the same without SMART"),
     Claim(5, "fine-tuning gives a large gain over a frozen encoder", "5a", "5b",
