@@ -297,8 +297,10 @@ def test_the_smallest_encoder_that_fits_its_task_trains():
     for folder, head in ((one_type, "uv"), (three, "uv"), (five, "cross")):
         status, printed, _ = run("--model", folder, "--pair_head", head, steps=1)
         assert status == 0, printed
-    for flags in (["--fill", "a [MASK]"], ["--tasks", "sst", "--epochs", 1, "--epoch_length", 1]):
-        status, printed = pretrain("--model", one_type, *flags)
+    out = one_type.with_name("pretrained")
+    for flags in (["--model", one_type, "--tasks", "sst", "--epochs", 1, "--epoch_length", 1,
+                   "--out", out], ["--model", out, "--fill", "a [MASK]"]):
+        status, printed = pretrain(*flags)
         assert status == 0, printed
 
 
