@@ -12,7 +12,6 @@ from scipy.stats import pearsonr
 from tqdm import tqdm
 
 from data.batches import evaluation_batches, seed_of
-from data.tasks import TASKS
 from support.devices import rank_and_world, sum_over_processes
 from support.files import InputError, write_atomically
 from support.run import RunFailed
@@ -237,20 +236,17 @@ def write_errors(path, results):
 def output_paths(args, paths, run_folder):
     """{(task, split): path} of the predictions. Raises InputError where one cannot be written."""
     outputs, folder = {}, run_folder / "predictions"
-    scored = [*args.tasks, *args.score_also]
-    for task in TASKS:
+    for task in (*args.tasks, *args.score_also):
         for split in ("dev", "test"):
             flag = f"{task}_{split}_out"
             given = getattr(args, flag)
-            if given and task not in scored:
-                raise InputError(f"--{flag}: {task} is not among --tasks {','.join(args.tasks)}")
             if given and split not in paths[task]:
                 raise InputError(f"--{flag}: there is no {task} {split} file to predict")
             if given and (given.is_dir() or not given.absolute().parent.is_dir()):
                 raise InputError(f"--{flag} {given}: not a file in an existing folder")
             if given and given.absolute() in {path.absolute() for path in outputs.values()}:
                 raise InputError(f"--{flag} {given}: is the file of other predictions too")
-            if task in scored and split in paths[task]:
+            if split in paths[task]:
                 outputs[task, split] = given or folder / f"{task}-{split}-output.csv"
     return outputs
 

@@ -243,6 +243,11 @@ def check_tasks(args):
             raise InputError(f"argument --score_also: {name} is among --tasks, which are scored "
                              "anyway")
 
+    for task in TASKS:
+        for flag in (f"{task}_{kind}" for kind in TASK_FILES):
+            if getattr(args, flag) and task not in (*args.tasks, *args.score_also):
+                raise InputError(f"--{flag}: {task} is not among --tasks {','.join(args.tasks)}")
+
     given, args.aux = args.aux, dict(args.aux)
     if len(args.aux) < len(given):
         raise InputError(f"argument --aux: one of {', '.join(args.aux)} is given twice")

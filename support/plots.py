@@ -108,8 +108,8 @@ def plot_study(folders, path):
     task = limited_task(limits.values(), best[folders[0]])
 
     # a line for each set of other flags; some only say where a run was started
-    same = ("limit", "name", "argv", "resume", "folder", "data_dir", "data_digest", "device")
-    others = [name for name in flags[folders[0]] if name not in same
+    ignored = ("limit", "name", "argv", "resume", "folder", "data_dir", "data_digest", "device")
+    others = [name for name in flags[folders[0]] if name not in ignored
               and len({json.dumps(args.get(name)) for args in flags.values()}) > 1]
     lines = {}
     for folder, args in flags.items():
