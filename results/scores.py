@@ -30,10 +30,11 @@ class Record:
     def trains(self, *tasks):
         return set(tasks) <= set(self.args["trained"])
 
-    def has_no_weights_for(self, task):
-        """True for sts with a cosine head, whose score is the encoder's alone: it counts also where
-        the task is not trained."""
-        return task == "sts" and self.args["pair_head"].get("sts") == "cosine"
+    def counts(self, task):
+        """True where the task is trained, and for sts with a cosine: that head has no weights, so
+        its score is the encoder's own."""
+        return self.trains(task) or (task == "sts"
+                                     and self.args["pair_head"].get("sts") == "cosine")
 
 
 def read_records(folder, name):
@@ -49,11 +50,6 @@ def scores(records, task, split="dev"):
     """The score of each run that has one."""
     found = [record.best[split].get(task) for record in records]
     return [score for score in found if score is not None]
-
-
-def trained_scores(records, task):
-    """The score of each run that trains the task."""
-    return scores([record for record in records if record.trains(task)], task)
 
 
 def overall(records):
@@ -112,10 +108,12 @@ def cell(values):
 
 
 def verdict(found, least):
-    """A difference beside the least that would be significant: `+0.012 ± 0.020 n.s.`"""
+    """A difference and its 95 % interval, `+0.012 [-0.008, +0.032]`; the difference in bold where
+    it is significant, that is where the interval leaves out 0."""
     if least is None:
         return f"{found:+.3f}"
-    return f"{found:+.3f} ± {least:.3f} {'**significant**' if abs(found) > least else 'n.s.'}"
+    bold = "**" if abs(found) > least else ""
+    return f"{bold}{found:+.3f}{bold} [{found - least:+.3f}, {found + least:+.3f}]"
 
 
 def with_train(records):

@@ -30,7 +30,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 class System:
     what: str
     flags: str  # of multitask_classifier.py
-    # the report's own dev scores, None where it has none: accuracy of sst (or CFIMDB), accuracy of
+    # a report's own dev scores, None where it has none: accuracy of sst (or CFIMDB), accuracy of
     # para, Pearson's r of sts
     report: tuple = (None, None, None)
     start: str | None = None  # a system, or a pretraining of the study, that it starts from
@@ -88,18 +88,18 @@ def run(study, name, seed, data_dir, machine):
         print(f"{name}, seed {seed}: the record exists")
         return
     commands = commands_of(study, name, seed, machine)
+    runs = PROJECT / "runs" / study.folder.name
     for each, command in commands.items():
-        folder = PROJECT / "runs" / study.folder.name / f"{each}-{seed}"
-        train(command, folder, data_dir)
-    keep(folder, record, commands.values(), data_dir)
+        train(command, runs / f"{each}-{seed}", data_dir)
+    keep(runs / f"{name}-{seed}", record, commands.values(), data_dir)
 
 
 def train(command, folder, data_dir):
-    """Run a command in the project's folder, unless it was. folder: of the run.
+    """Run a command in the project's folder, unless it has been run already. folder: the run's.
 
-    The command is kept beside the folder, so that a run of another command, or on other data, is
-    neither resumed nor taken for this one. Raises InputError there, and RunFailed where the command
-    was killed.
+    The command is kept beside the folder, so that a run of another command, or with another folder
+    of data, is neither resumed nor taken for this one. Raises InputError there, and RunFailed where
+    the command was killed.
     """
     words = [word.replace("DATA", str(data_dir)) for word in command.split()]
     typed = folder.with_name(f"{folder.name}.txt")
@@ -161,8 +161,11 @@ def keep(folder, record, commands, data_dir):
 # ---------------------------------------------------------------- main
 
 def main(study, description, show=show, names=None, write_tables=None):
-    """show: the function for the command `show`, and names, what it knows (default: the systems).
-    write_tables: for the command `table`."""
+    """The command line of a study.
+
+    show: the function for the command `show`. names: what can be shown (default: the systems).
+    write_tables: the function for the command `table`; without it there is none.
+    """
     parser = argparse.ArgumentParser(description=description)
     what = parser.add_subparsers(dest="what", required=True)
     shown = what.add_parser("show", help="print the commands of a system")

@@ -326,17 +326,17 @@ def test_the_tables_hold_what_the_records_hold():
             "| degrees of freedom | 3 | 2 | 2 | 2 |",
             # 3.18 and 4.30, the 97.5 % points of t with 3 and 2 degrees of freedom, times .0141
             "| 1 | gradient surgery adds half a point overall | 1b, 1d | sst +0.000<br>para -0.013"
-            "<br>sts +0.025<br>overall_2023 +0.004 | sst +0.100 ± 0.045 **significant**<br>para "
-            "+0.100 ± 0.061 **significant**<br>sts +0.100 ± 0.061 **significant**<br>"
-            "overall_2023 +0.100 ± 0.061 **significant** |",
+            "<br>sts +0.025<br>overall_2023 +0.004 | sst **+0.100** [+0.055, +0.145]<br>para "
+            "**+0.100** [+0.039, +0.161]<br>sts **+0.100** [+0.039, +0.161]<br>"
+            "overall_2023 **+0.100** [+0.039, +0.161] |",
             "| 1 | training on all three tasks is far better than on sentiment alone | 1a, 1b | "
-            "sst +0.069 | sst -0.010 ± 0.045 n.s. |",
+            "sst +0.069 | sst -0.010 [-0.055, +0.035] |",
             # for sts a cosine, which counts without training; both best at .42, its second epoch
             "| 3 | training on the pair tasks too does not surpass sentiment alone | "
-            "3b, 3d | sst -0.029<br>sts +0.250 | sst +0.000 ± 0.064 n.s.<br>sts +0.200 ± 0.086 "
-            "**significant** |",
+            "3b, 3d | sst -0.029<br>sts +0.250 | sst +0.000 [-0.064, +0.064]<br>sts **+0.200** "
+            "[+0.114, +0.286] |",
             "| default+pal | PAL | 1 | 0.430 (0.800) | 0.530 (0.800) | 0.630 (0.800) | 0.530 | "
-            "+0.020 ± 0.220 n.s. |"):
+            "+0.020 [-0.200, +0.240] |"):
         assert line in lines, line
 
 
@@ -385,8 +385,9 @@ def test_with_two_systems_significance_is_that_of_students_test():
         one, other = generator.normal(0, 1, 3).tolist(), generator.normal(1.5, 1, 4).tolist()
         here, least = difference(other, one, *spread([one, other]))
         significant = ttest_ind(one, other).pvalue < 0.05
-        assert ("**significant**" in verdict(here, least)) == significant
-        assert ("n.s." in verdict(here, least)) != significant
+        assert ("**" in verdict(here, least)) == significant
+        low, high = map(float, re.search(r"\[(.*), (.*)\]", verdict(here, least)).groups())
+        assert np.allclose((low, high), ttest_ind(other, one).confidence_interval(), atol=6e-4)
         found.add(bool(significant))
     assert found == {True, False}
 

@@ -15,7 +15,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from claims import CLAIMS  # noqa: E402
 from results.scores import (TASKS, cell, difference, examples_seen,  # noqa: E402
                             least_difference, overall, read_records, scores, spread, table,
-                            trained_scores, verdict, write_tables)
+                            verdict, write_tables)
 from systems import QUORA_PARTS, SIZES, SYSTEMS  # noqa: E402
 
 PAGE = HERE / "README.md"
@@ -59,7 +59,7 @@ def scores_table(found):
         thousands = [f"{seen[task] / 1000:.1f}" if task in seen else "-" for task in TASKS]
         rows.append((name, system.what, " / ".join(thousands), len(records), *cells,
                      cell(overall(records)), " / ".join(report)))
-    return table(("system", "what it is", "thousands of examples", "seeds", *TASKS, "overall_2023",
+    return table(("system", "what it is", "thousands of examples: sst / para / sts", "seeds", *TASKS, "overall_2023",
                   "report: sst / para / sts"), rows)
 
 
@@ -90,7 +90,7 @@ def cfimdb_table(found):
 
 
 def values_of(records, what):
-    """A quantity of each run, none where it does not train the task (but for sts with a cosine).
+    """A quantity of each run, none where its score of the task does not count (Record.counts).
 
     what: "sst", "para", "sts" or "overall_2023"; "sst gap": train minus dev, how much it over-fits;
     "F1 of para"; "F1 of sst 0": of that class.
@@ -100,10 +100,9 @@ def values_of(records, what):
     if what.startswith("F1 of "):
         task, *label = what.split()[2:]
         return [record.best["f1"][task][label[0] if label else "positive"]
-                for record in records if record.trains(task)]
+                for record in records if record.counts(task)]
     task, _, gap = what.partition(" ")
-    counted = [record for record in records
-               if record.trains(task) or record.has_no_weights_for(task)]
+    counted = [record for record in records if record.counts(task)]
     if not gap:
         return scores(counted, task)
     return [on_train - on_dev for on_train, on_dev in zip(scores(counted, task, "train"),
@@ -139,7 +138,7 @@ def claims_table(found):
             here = {what: measured(found, claim, what) for what in claim.what}
             rows.append((claim.report, claim.says, f"{claim.base}, {claim.system}",
                          lines_of_cell(there), lines_of_cell(here), claim.here))
-    return table(("report", "it says", "from, to", "difference there", "difference here",
+    return table(("report", "it says", "from, to", "difference there", "difference here [95 % interval]",
                   "what these runs show"), rows)
 
 
@@ -148,7 +147,7 @@ def lines_of_cell(differences):
 
 
 def claimed(claim, what):
-    """The report's difference; empty where it has no score for one of the two."""
+    """The report's difference: of its two scores, or as it stands in the claim; else empty."""
     before, after = (report_score(SYSTEMS[name], what) for name in (claim.base, claim.system))
     there = claim.theirs.get(what)
     if before is not None and after is not None:
@@ -163,8 +162,8 @@ def report_score(system, what):
 
 
 def measured(found, claim, what):
-    """Our difference, and whether it is significant; empty where one of the two does not train the
-    task. No test where the second is frozen, as the first then is too: the spread is that of
+    """Our difference and its interval; empty where the score of one of the two does not count. No
+    interval where the second is frozen, as the first then is too: the spread over seeds is that of
     fine-tuned systems."""
     before, after = (values_of(found[name], what) for name in (claim.base, claim.system))
     if not before or not after:
@@ -174,7 +173,7 @@ def measured(found, claim, what):
 
 
 def quora_table(found):
-    """Report 2's study: in turn (2c) and MT-DNN's schedule (2d) as the Quora set shrinks."""
+    """Report 2's study: sequential training (2c) and MT-DNN's schedule (2d) as the Quora set shrinks."""
     rows = []
     for suffix, share in QUORA_SHARES.items():
         pair = [found.get(f"{name}{suffix}") for name in ("2c", "2d")]
@@ -223,14 +222,15 @@ def all_tables(found):
 # ---------------------------------------------------------------- pictures
 
 def draw_systems(found):
-    """Each system's dev scores here, a dot per seed, and its report's, hollow."""
+    """Each system's dev scores here, a dot per seed, and its report's, hollow. Without the smaller
+    Quora sets, which have a picture of their own."""
     names = [name for name in found if "cfimdb" not in name and not SYSTEMS[name].same_as
              and not name.startswith(("2c-", "2d-"))]
     figure = Figure(figsize=(11, 0.24 * len(names) + 1), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for axes, task in zip(panels, TASKS):
         for i, name in enumerate(names):
-            values = trained_scores(found[name], task)
+            values = values_of(found[name], task)
             axes.plot(values, [i] * len(values), "o", ms=5, alpha=0.8, color=COLORS[task])
             report = SYSTEMS[name].report[TASKS.index(task)]
             if values and report is not None:
@@ -248,7 +248,7 @@ def draw_systems(found):
 def draw_quora(found):
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, task in zip(figure.subplots(1, 3), TASKS):
-        for name, style, what in (("2c", "o-", "in turn"), ("2d", "s--", "MT-DNN's schedule")):
+        for name, style, what in (("2c", "o-", "sequential"), ("2d", "s--", "MT-DNN's schedule")):
             points = [(share, mean(scores(found[f"{name}{suffix}"], task)))
                       for suffix, share in QUORA_SHARES.items() if f"{name}{suffix}" in found]
             if points:
