@@ -410,6 +410,7 @@ def train(args, model, data, schedule, run, encoder_folder):
     with Interruption() as interruption:
         for epoch in range(state["epoch"], args.epochs):
             model.train()
+            log.clear()  # its clock starts anew: the evaluation was no step
             bar = progress_bar(schedule, epoch, state["step"], args.epochs)
             for step in bar:  # a step is a list of (task, indices)
                 # all tasks have one optimizer; or each its own, where a step has one task
@@ -568,6 +569,9 @@ def main(argv=None):
 
 
 def train_and_predict(args, rank):
+    if args.init_from and not args.init_from.is_dir():
+        raise InputError(f"--init_from {args.init_from}: no such folder; name a run's folder, as "
+                         "in runs/NAME")
     paths = find_data_files(args)
     outputs = output_paths(args, paths, HERE / "runs" / args.name)
     encoder_folder = fetch_encoder_once(args)
@@ -578,16 +582,16 @@ def train_and_predict(args, rank):
         for tensor in model.state_dict().values():
             distributed.broadcast(tensor, src=0)
 
-    # a frozen encoder always gives the same, unless PAL or SMART change what it computes
-    if model.frozen and not (args.pal or args.smart):
-        encode_once(model, data)
-
-    # the folder is made last, when nothing that the user gave can be wrong any more
+    # the folder is made when nothing that the user gave can be wrong any more
     sizes = {task: len(data[task]["train"]) for task in args.trained}
     schedule = Schedule(args.schedule, sizes, args.batch_size, args.epoch_length, args.seed,
                         args.epochs, args.upsample)
     folder = HERE / "runs" / args.name
     run = Run(folder, vars(args), data_digest(data), args.resume, writes=rank == 0)
+
+    # a frozen encoder always gives the same, unless PAL or SMART change what it computes
+    if model.frozen and not (args.pal or args.smart):
+        encode_once(model, data)
     print(scores_header(data), flush=True)
     best = train(args, model, data, schedule, run, encoder_folder)
     if distributed.is_initialized():

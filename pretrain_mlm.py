@@ -323,6 +323,7 @@ def train(args, model, text, held_out, vocabulary, run, encoder_folder):
     with Interruption() as interruption:
         for epoch in range(state["done"] // steps_per_epoch, args.epochs):
             first, end = state["done"] % steps_per_epoch, (epoch + 1) * steps_per_epoch
+            log.clear()  # its clock starts anew: the evaluation was no step
             bar = tqdm(range(state["done"], end), desc=f"epoch {epoch + 1}/{args.epochs}",
                        initial=first, total=steps_per_epoch, unit="step", leave=False)
             for n in bar:
@@ -404,7 +405,7 @@ def fill(model, tokenizer, sentence, top=5):
                          f"reads {length} tokens; shorten the sentence")
     examples = Examples(None, "--fill", [0], [(sentence,)], None, [])
     ((ids, _),), = tokenize(examples, tokenizer, length, cross=False).tokens
-    ids = torch.from_numpy(ids)[None]  # (1, L)
+    ids = torch.from_numpy(ids)[None].to(model.device)  # (1, L)
     chosen = ids == mask
     logits, _ = model.eval()(ids, torch.ones_like(ids), torch.zeros_like(ids), chosen)
     best = logits.softmax(dim=-1).topk(top)
@@ -427,7 +428,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)  # for a new head
 
     if args.fill:
-        model = MaskedLM.from_pretrained(folder, needs_head=True)
+        model = MaskedLM.from_pretrained(folder, args.amp, needs_head=True).to(device)
         for sentence in args.fill:
             for guesses in fill(model, tokenizer, sentence):
                 print(f"{sentence}   " + "  ".join(f"{token} {p:.2f}" for token, p in guesses))

@@ -91,8 +91,8 @@ def git_blob(raw):
 def download_sets(base, folder):
     """Fetch every file of GIT_BLOBS that is not there yet, and report one that is not the course's.
 
-    Returns one line for each that could not be had whole. Raises InputError where the folder cannot
-    be made.
+    Returns one line for each that could not be downloaded whole. Raises InputError where the folder
+    cannot be made.
     """
     failed = []
     try:
@@ -165,7 +165,7 @@ def fetch_default_encoder():
                 write_atomically(folder / name, lambda path: shutil.copyfile(found / name, path))
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"the encoder cannot be put into {folder} ({error}); "
-                         "XDG_CACHE_HOME names another place") from error
+                         "set XDG_CACHE_HOME to a folder with space") from error
     return folder
 
 
@@ -175,7 +175,7 @@ def fetch_from_hub(name):
     from huggingface_hub import snapshot_download  # here: a local folder needs none of it
 
     for offline, weights in itertools.product((True, False), WEIGHTS):
-        shards = "-*.".join(weights.split("."))
+        shards = "-*.".join(weights.split("."))  # model-*.safetensors
         patterns = ["config.json", *TOKENIZER_FILES, weights, f"{weights}.index.json", shards]
         try:
             folder = Path(snapshot_download(name, allow_patterns=patterns,
@@ -260,7 +260,7 @@ def main(argv=None):
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        raise InputError(f"{len(problems)} of {len(GIT_BLOBS)} files could not be had from "
+        raise InputError(f"{len(problems)} of {len(GIT_BLOBS)} files could not be downloaded from "
                          f"{options.base}; run the command again to resume, or name another "
                          "address with --base")
 

@@ -220,7 +220,7 @@ def report_rows(path, total, shown, labelled, skip_malformed):
 
 
 def field_error(row, fields, header, labelled):
-    """Why it is not known which field is which, or the row has no id; or None."""
+    """Why the fields cannot be matched to the columns, or that the row has no id; or None."""
     # without labels no row is dropped for tabs at its end, which leave no doubt
     surplus = fields[len(header):]
     if len(fields) < len(header) or (surplus and (labelled or any(surplus))):
@@ -375,7 +375,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     named = [name for name, task in TASKS.items() if options.file.name.startswith(task.stem)]
     if not options.task and not named:
-        parser.error(f"which task is {options.file.name} of?")
+        parser.error(f"{options.file}: name its task too, as in: python data/tasks.py FILE sst")
     try:
         task = TASKS[options.task or named[0]]
         labelled = has_labels(options.file, task)

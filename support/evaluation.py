@@ -214,8 +214,8 @@ def example_loss(task, outputs, labels):
 
 
 def write_errors(path, results):
-    """errors.csv: the wrong examples of each task with the largest loss. results: [(examples,
-    outputs)]."""
+    """errors.csv: of each task the wrong examples with the largest loss; of sts, where none is
+    right or wrong, those with the largest error. results: [(examples, outputs)]."""
     def write(part):
         with open(part, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t")
@@ -227,15 +227,17 @@ def write_errors(path, results):
                 if examples.task.kind != "regression":
                     order = order[predictions[order] != examples.labels[order]]
                 for i in order[:MAX_ERRORS]:
+                    sentence1, sentence2 = (*examples.texts[i], "")[:2]
                     writer.writerow([examples.task.name, examples.ids[i],
                                      f"{examples.labels[i]:g}", f"{predictions[i]:.3g}",
-                                     f"{losses[i]:.3f}", *examples.texts[i]])
+                                     f"{losses[i]:.3f}", sentence1, sentence2])
     write_atomically(path, write)
 
 
 def output_paths(args, paths, run_folder):
     """{(task, split): path} of the predictions. Raises InputError where one cannot be written."""
     outputs, folder = {}, run_folder / "predictions"
+    inputs = {path.resolve() for files in paths.values() for path in files.values()}
     for task in (*args.tasks, *args.score_also):
         for split in ("dev", "test"):
             flag = f"{task}_{split}_out"
@@ -246,6 +248,9 @@ def output_paths(args, paths, run_folder):
                 raise InputError(f"--{flag} {given}: not a file in an existing folder")
             if given and given.absolute() in {path.absolute() for path in outputs.values()}:
                 raise InputError(f"--{flag} {given}: is the file of other predictions too")
+            if given and given.resolve() in inputs:
+                raise InputError(f"--{flag} {given}: is a data file that the run reads; name "
+                                 "another file")
             if split in paths[task]:
                 outputs[task, split] = given or folder / f"{task}-{split}-output.csv"
     return outputs

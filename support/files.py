@@ -11,10 +11,10 @@ class InputError(ValueError):
 def write_atomically(path, write):
     """Write a file whole or not at all: write(temporary path in the same folder), flush, rename.
 
-    Raises OSError with one line that names the file, for example for a full disk. The file that was
+    Raises OSError with one line that names the file, for example for a full disk. A file that was
     there before is then untouched.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")  # another process may write it too
     try:
         write(part)
         with open(part, "rb+") as file:
@@ -24,4 +24,7 @@ def write_atomically(path, write):
         part.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
         raise OSError(f"{path} cannot be written ({reason}); "
-                      "the file that was there before is untouched") from error
+                      "a file that was there before is untouched") from error
+    except KeyboardInterrupt:
+        part.unlink(missing_ok=True)
+        raise

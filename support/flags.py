@@ -34,7 +34,7 @@ PATH_FLAGS = ("data_dir", "model", "init_from", "text",
 # ---------------------------------------------------------------- types of flags
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line without the usage; the help shows the defaults that are not None."""
+    """Errors are one line without the usage; the help shows the defaults."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
@@ -52,8 +52,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows no default of switches, and none where a flag is simply not given."""
+
     def _get_help_string(self, action):
-        if action.default in (None, False, []):
+        if action.default is None or action.default is False or action.default == []:
             return action.help
         return super()._get_help_string(action)
 
@@ -159,6 +161,9 @@ def resumed(parser, check, argv, folder_flag):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {folder}: no run to resume ({type(error).__name__} in its "
                          "args.json); name the run's folder, as in runs/NAME") from None
+    if folder_flag.strip("-") not in saved:
+        raise InputError(f"--resume {folder}: this run was made by another script; resume it with "
+                         "that one")
 
     # the run's flags as they were, and with the new paths and what was typed now
     try:
@@ -175,7 +180,7 @@ def resumed(parser, check, argv, folder_flag):
     vars(args).update(given)
     args = check(args)
 
-    differing = [f"--{name} is {vars(before)[name]!r} in the run" for name in given
+    differing = [f"--{name} is {shown(vars(before)[name])} in the run" for name in given
                  if name not in ("save_every", *PATH_FLAGS)
                  and vars(before)[name] != vars(args)[name]]
     differing += [f"--aux {name} is not in the run" for name in given_aux if name not in args.aux]
@@ -186,16 +191,21 @@ def resumed(parser, check, argv, folder_flag):
     return args
 
 
+def shown(value):
+    """A flag's value in a message."""
+    return repr(str(value) if isinstance(value, Path) else value)
+
+
 def take_paths(args, folder, given, given_aux, model_is_folder):
     """Let relative paths among a run's flags start at `folder`, where it was started. Returns those
     that do not exist and are not given anew: ["PATH (--data_dir)", ...]."""
     missing = []
     for name in PATH_FLAGS:
-        typed = getattr(args, name, None)
-        if name in given or typed is None or (name == "model" and not model_is_folder):
+        saved = getattr(args, name, None)
+        if name in given or saved is None or (name == "model" and not model_is_folder):
             continue
-        path = folder / typed
-        setattr(args, name, type(typed)(path))
+        path = folder / saved
+        setattr(args, name, type(saved)(path))
         if not (path.parent.is_dir() if name.endswith("_out") else path.exists()):
             missing.append(f"{path} (--{name})")
 

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 if not __package__:  # run as `python support/plots.py`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support.evaluation import selection_score  # noqa: E402
 from support.files import InputError, write_atomically  # noqa: E402
 from support.flags import Parser  # noqa: E402
 from support.run import exit_status, read_metrics  # noqa: E402
@@ -48,8 +49,8 @@ def plot_curves(folder):
 
 
 def plot_task(losses, scores, task, color, steps, evaluations):
-    """A task's training loss, and its scores. A task may be scored alone, and an auxiliary task has
-    no dev set."""
+    """A task's training loss, and its scores. A task may be scored without being trained, and an
+    auxiliary task has no dev set."""
     points = [(line["step"], line["losses"][task]) for line in steps if task in line["losses"]]
     if points:
         losses.plot(*zip(*points), color=color, label=task)
@@ -99,13 +100,13 @@ def plot_study(folders, path):
         try:
             flags[folder] = json.loads((folder / "args.json").read_text(encoding="utf-8"))
             trained = flags[folder]["trained"]
-            best[folder] = max(
-                read_metrics(folder, "evaluation"),
-                key=lambda line: sum(line["dev"].get(task, 0) for task in trained))["dev"]
+            best[folder] = max(read_metrics(folder, "evaluation"),
+                               key=lambda line: selection_score(line, trained))["dev"]
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{folder}: cannot be read as a run ({error})") from None
+            raise InputError(f"{folder}: not a run of multitask_classifier.py "
+                             f"({error})") from None
     limits = {folder: args["limit"] or {} for folder, args in flags.items()}
-    task = limited_task(limits.values(), best[folders[0]])
+    task = limited_task(limits.values())
 
     # a line for each set of other flags; some only say where a run was started
     ignored = ("limit", "name", "argv", "resume", "folder", "data_dir", "data_digest", "device")
@@ -132,9 +133,9 @@ def plot_study(folders, path):
     return lines
 
 
-def limited_task(limits, tasks):
+def limited_task(limits):
     """The one task in whose --limit the runs differ. limits: a dict {task: fraction} per run."""
-    limits = list(limits)
+    tasks = dict.fromkeys(task for limit in limits for task in limit)
     limited = [task for task in tasks if len({limit.get(task, 1.0) for limit in limits}) > 1]
     if len(limited) != 1:
         raise InputError(f"the runs differ in --limit of {', '.join(limited) or 'no task'}; "
@@ -146,11 +147,19 @@ def main(argv=None):
     parser = Parser(description="Draw a run's curves.png from its metrics.jsonl, or compare runs "
                                 "of several --limit.")
     parser.add_argument("run", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, default=None, help="of several runs: the picture")
+    parser.add_argument("--out", type=Path, default=None,
+                        help="the picture, where several runs are given: FILE.png")
     args = parser.parse_args(argv)
     for folder in args.run:
-        if not (folder / "metrics.jsonl").is_file() or not read_metrics(folder, "evaluation"):
-            raise InputError(f"{folder}: no metrics.jsonl there, or no evaluation in it yet")
+        try:
+            evaluated = read_metrics(folder, "evaluation")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder}: its metrics.jsonl cannot be read ({error}); name a run's "
+                             "folder, as in runs/NAME") from None
+        if not evaluated:
+            raise InputError(f"{folder}: no evaluation in its metrics.jsonl yet")
+    if args.out and args.out.suffix != ".png":
+        raise InputError(f"--out {args.out}: not a file FILE.png")
     if len(args.run) > 1 and not args.out:
         raise InputError("several runs: give --out PICTURE")
     if len(args.run) == 1 and args.out:

@@ -52,7 +52,8 @@ def check_rows(rows, where=index_in_list):
                              f"not of type {type(row).__name__}")
         if not 1 <= len(row) <= 2:
             raise InputError(f"{where(i)}: {len(row)} sentences, where one or two are "
-                             "expected; at a terminal put quotes around each")
+                             "expected; at a terminal put quotes around each, in a file one tab "
+                             "between two")
         for sentence in row:
             reason = sentence_error(sentence)
             if reason:
@@ -63,7 +64,7 @@ def check_rows(rows, where=index_in_list):
 def sentence_error(sentence):
     """What is wrong with a sentence, or None."""
     if not isinstance(sentence, str):
-        return f"is a string, not of type {type(sentence).__name__}"
+        return f"must be a string, not of type {type(sentence).__name__}"
     if not sentence.strip():
         return "is empty"
     if "\0" in sentence:
@@ -106,14 +107,14 @@ def predict_sentences(model, rows, where=index_in_list):
     model: of MultitaskBERT.load. Tasks of one sentence (sst, cfimdb, auxiliary): {class: its
     probability}, of the first sentence. para: the probability that the two mean the same; sts:
     their similarity, 0 to 5. Raises InputError, which names the row, as `check_rows` does, and for
-    a single sentence where the model has tasks of pairs alone.
+    a single sentence where the model has tasks of pairs only.
     """
     rows = check_rows(rows, where)
     shortest = min(len(task.text_columns) for task in model.tasks.values())
     for i, row in enumerate(rows):
         if len(row) < shortest:
-            raise InputError(f"{where(i)}: this run knows pairs alone ({', '.join(model.tasks)}); "
-                             "give two sentences")
+            raise InputError(f"{where(i)}: this run has tasks of pairs only "
+                             f"({', '.join(model.tasks)}); give two sentences")
 
     predictions = [{} for _ in rows]
     for name, task in model.tasks.items():

@@ -26,6 +26,7 @@ import math
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import stat
 import sys
@@ -42,9 +43,14 @@ from support.devices import rank_and_world, sum_over_processes
 from support.files import InputError, write_atomically
 from support.weights import read_checkpoint, to_float
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 
 class RunFailed(RuntimeError):
-    """The run cannot continue, through no fault of a flag or a file. The message is one line."""
+    """The run cannot continue, for example since a loss is not finite. The message is one line."""
 
 
 class Interrupted(RuntimeError):
@@ -66,8 +72,8 @@ class Run:
     def __init__(self, folder, args, digest, resume=False, writes=True):
         self.folder, self.writes, self.last = Path(folder), writes, None
         self.length = 0  # of metrics.jsonl when last.pt was saved
-        # what to type to resume it from this directory; a resumed run, the same flags again
-        self.flags = args["argv"] if resume else ["--resume", os.path.relpath(self.folder)]
+        # the flags of the command that resumes it; of a resumed run, those that it was given
+        self.resume_flags = args["argv"] if resume else ["--resume", os.path.relpath(self.folder)]
         if resume:
             self._find(digest)
         elif writes:
@@ -92,21 +98,35 @@ class Run:
         new = self.folder.with_name(f"{self.folder.name}.new-{os.getpid()}")
         text = json.dumps(args, indent=2, default=str) + "\n"
         try:
-            if self.folder.exists():
+            if (self.folder / "args.json").exists():
                 raise InputError(f"{self.folder}: a run of this name exists; choose another name, "
                                  f"or resume it with --resume {self.folder}")
+            if self.folder.exists():
+                raise InputError(f"{self.folder}: exists already; choose another name")
             new.mkdir(parents=True)
             write_atomically(new / "args.json",
                              lambda path: path.write_text(text, encoding="utf-8"))
             os.rename(new, self.folder)
         except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
             raise InputError(f"{self.folder}: this folder cannot be made "
                              f"({error.strerror or error}); choose another name") from None
 
     def start(self):
-        """Open metrics.jsonl, cut back to its length when last.pt was saved."""
+        """Open metrics.jsonl, cut back to its length when last.pt was saved.
+
+        Raises InputError where another process is training this run.
+        """
         if self.writes:
             self.metrics = open(self.folder / "metrics.jsonl", "a+", encoding="utf-8")
+            if fcntl:
+                try:
+                    fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+                except BlockingIOError:
+                    raise InputError(f"{self.folder}: another process is training this run; wait "
+                                     "for its end, or stop it") from None
+                except OSError:  # a file system without locks
+                    pass
             self.metrics.truncate(self.length)
             self.metrics.seek(self.length)
 
@@ -166,21 +186,28 @@ def restoring():
 
 
 def read_run(folder):
-    """(flags, tensors beside the encoder's) of a run. Raises InputError where it is not a run."""
+    """(flags, tensors beside the encoder's) of a run. Raises InputError where it is not a run, or
+    where no epoch of it has ended."""
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder; name a run's folder, as in runs/NAME")
     try:
         args = dict(json.loads((Path(folder) / "args.json").read_text(encoding="utf-8")))
         names = {"trained", "score_also", "pair_head", "pal"}
         if not names <= args.keys() or not isinstance(args["pair_head"], dict):
-            raise ValueError("its args.json is not of this script")
+            raise ValueError("its args.json is of another script")
     except (OSError, ValueError, TypeError) as error:
         raise not_a_run(folder, error) from error
+    if not (Path(folder) / "model.safetensors").exists():
+        raise InputError(f"{folder}: no epoch of this run has ended, so it has no model yet; go on "
+                         f"with --resume {folder}")
     path, tensors = read_checkpoint(folder)
     return args, {name: to_float(path, name, tensor) for name, tensor in tensors.items()
                   if name.startswith(("heads.", "pal."))}
 
 
 def not_a_run(folder, error):
-    return InputError(f"{folder}: not a run of this script ({' '.join(str(error).split())[:200]})")
+    return InputError(f"{folder}: not a run of multitask_classifier.py "
+                      f"({' '.join(str(error).split())[:200]})")
 
 
 def read_metrics(folder, kind):
@@ -224,7 +251,7 @@ class Interruption:
     def check(self, run):
         """After a save: raises Interrupted where Ctrl-C was pressed."""
         if self.asked:
-            command = shlex.join(["python", sys.argv[0], *run.flags])
+            command = shlex.join(["python", sys.argv[0], *run.resume_flags])
             raise Interrupted(f"stopped; everything is saved; resume with: {command}")
 
     def __exit__(self, *_):
@@ -371,9 +398,10 @@ def exit_status(main, argv=None):
     except BrokenPipeError:
         status, message = 1, "stopped: the program that read its output has ended (broken pipe)"
     except (RunFailed, OSError) as error:  # a full disk, for example
-        status, message = 1, str(error)
+        status, message = 1, str(error) or type(error).__name__
     except (Interrupted, KeyboardInterrupt) as error:
-        status, message = 130, str(error) or "stopped at once; what was not saved is lost"
+        status, message = 130, str(error) or (
+            "stopped at once; a run that had begun can be resumed from its last save")
     except RuntimeError as error:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise

@@ -189,6 +189,7 @@ def test_bad_files_are_rejected():
          root / "a.csv"),
         ("is the file of other predictions too", "--sst_dev_out", root / "a.csv",
          "--sts_dev_out", root / "a.csv"),
+        ("is a data file that the run reads", "--sst_dev_out", root / "data" / "ids-sst-dev.csv"),
         ("'text' is not a plain name", "--aux", f"text={root / 'data' / 'stars-train.csv'}"),
         ("not a file in an existing folder", "--sst_dev_out", root / "nowhere" / "a.csv"))
 
@@ -254,9 +255,11 @@ def test_bad_run_folders_are_rejected():
     check_rejected(
         ("argument --name: empty", "--name", ""),
         ("a run of this name exists", "--name", taken),
+        ("tiny: exists already; choose another name", "--name", root / "tiny"),
         ("this folder cannot be made", "--name", root / "tiny" / "vocab.txt" / "x"),
         ("no run to resume", "--resume", root / "tiny"),
-        ("not a run of this script", "--init_from", root / "tiny"),
+        ("--init_from runs/tpyo: no such folder", "--init_from", "runs/tpyo"),
+        ("not a run of multitask_classifier.py", "--init_from", root / "tiny"),
         ("has another shape", "--init_from", taken, "--pair_head", "uv"))
     after = {path: path.stat().st_mtime_ns for path in taken.rglob("*")}
     assert after == before, "the run that was there is untouched"

@@ -443,7 +443,7 @@ def test_a_study_has_the_best_epoch_of_each_run():
     one = [best]
     lines = study_of(({"para": 0.5}, one), ({"para": 0.25}, [{"para": 0.5}]))
     assert lines == {"": [(0.5, best), (0.25, {"para": 0.5})]}, "drawn for para alone"
-    raises(InputError, "differ in --limit of sst, para", study_of,
+    raises(InputError, "differ in --limit of para, sst", study_of,
            ({"para": 0.5, "sst": 0.5}, one), ({"para": 0.25, "sst": 0.25}, one))
 
 
@@ -463,5 +463,11 @@ def test_the_command_of_the_plots_draws_and_rejects():
     raises(InputError, "give --out", plots.main, [str(half), str(whole)])
     raises(InputError, "--out: is for several runs", plots.main,
            [str(whole), "--out", str(picture)])
+    for name in (".", "study.pdf"):
+        raises(InputError, "not a file FILE.png", plots.main,
+               [str(half), str(whole), "--out", name])
+    raises(InputError, "metrics.jsonl cannot be read", plots.main, [str(workspace() / "tiny")])
+    (half / "metrics.jsonl").write_text("[]\n")
+    raises(InputError, "metrics.jsonl cannot be read", plots.main, [str(half)])
     (half / "metrics.jsonl").write_text('{"kind": "step", "torn')
-    raises(InputError, "no evaluation in it yet", plots.main, [str(half)])
+    raises(InputError, "no evaluation in its metrics.jsonl yet", plots.main, [str(half)])

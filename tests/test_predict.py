@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -147,14 +148,19 @@ def test_errors_in_an_input_file_name_the_line():
 def test_bad_commands_are_rejected():
     folder, _ = queried()
     path = write_file("input.txt", FIRST)
+    without_epoch = path.parent / "run"
+    without_epoch.mkdir()
+    shutil.copy(folder / "args.json", without_epoch)
     for part, *words in (
-            ("knows pairs alone", pairs_alone(), "a"),
+            ("has tasks of pairs only", pairs_alone(), "a"),
             ("give the folder of a run",),
             ("give one or two sentences", folder),
             ("give one or two sentences", folder, "a", "--input", path),
             ("3 sentences", folder, "a", "b", "c"),
             ("is empty", folder, " "),
             ("not a run", workspace() / "tiny", "a"),
+            ("nowhere: no such folder", workspace() / "nowhere", "a"),
+            ("has no model yet; go on with --resume", without_epoch, "a"),
             ("cannot be read", folder, "--input", ""),
             ("cannot be read", folder, "--input", "/nowhere"),
             ("cannot be read", folder, "--input", "a\0b")):
@@ -176,7 +182,7 @@ def test_python_input_is_validated_as_terminal_input_is():
         rows = [("a",), ("a", "b"), bad]
         for message in ("rows[2]: ", part):
             raises(InputError, message, predict.predict_sentences, model, rows)
-    raises(InputError, "rows[1]: this run knows pairs alone", predict.predict_sentences,
+    raises(InputError, "rows[1]: this run has tasks of pairs only", predict.predict_sentences,
            MultitaskBERT.load(pairs_alone()), [(FIRST, SECOND), (FIRST,)])
 
     # what is no list of rows

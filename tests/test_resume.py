@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
+from unittest import SkipTest, mock
 
 import torch
 
@@ -22,7 +22,8 @@ import pretrain_mlm
 from data.tasks import data_digest
 from multitask_classifier import GradientBuffer
 from support import flags as flags_module
-from support.run import Run, StepLog
+from support.files import write_atomically
+from support.run import Run, StepLog, read_metrics
 from tests.helpers import (Killed, copy_of_tiny, equal, inside, killed_after, needs_full, quietly,
                            raises, resumable, run, three_task_model, workspace)
 
@@ -124,7 +125,7 @@ def test_a_run_killed_while_it_saves_resumes_bit_identical():
         start = ["--resume", killed]
     status, printed = train("--resume", killed)
     assert status == 0 and equal(whole, killed), printed
-    assert not list(killed.glob("*.part"))
+    assert not list(killed.glob("*.part*"))
 
 
 def test_a_run_killed_before_anything_was_saved_starts_over():
@@ -390,6 +391,23 @@ def test_a_flag_that_contradicts_the_run_is_rejected():
     check_not_resumed("no run to resume", workspace() / "nowhere")
     check_not_resumed("no run to resume", workspace() / "tiny")
 
+    of_another_script = json.loads((folder / "args.json").read_text())
+    of_another_script["out"] = of_another_script.pop("name")
+    (folder / "args.json").write_text(json.dumps(of_another_script))
+    check_not_resumed("was made by another script", folder)
+
+
+def test_a_run_that_is_being_trained_is_not_resumed():
+    try:
+        import fcntl
+    except ImportError as error:
+        raise SkipTest("Windows") from error
+    folder = copy_of_finished()
+    with open(folder / "metrics.jsonl", "a") as file:  # as the process that trains it has it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        check_not_resumed("another process is training this run", folder)
+    assert train("--resume", folder)[0] == 0
+
 
 def test_a_damaged_last_pt_is_rejected():
     folder = copy_of_finished()
@@ -484,9 +502,37 @@ def test_a_full_disk_leaves_the_last_good_checkpoint():
     last = printed.splitlines()[-1]
     assert status == 1 and "No space left on device" in last and "last.pt" in last, printed
     assert "Traceback" not in printed
-    assert not list(disturbed.glob("*.part")) and saved(disturbed) == (0, 3)
+    assert not list(disturbed.glob("*.part*")) and saved(disturbed) == (0, 3)
     status, printed = train("--resume", disturbed)
     assert status == 0 and equal(whole, disturbed), printed
+
+
+def test_two_processes_may_write_a_file_at_once():
+    path = Path(tempfile.mkdtemp(dir=workspace())) / "file"
+
+    def slowly(part):
+        part.write_text("first")
+        with mock.patch.object(os, "getpid", lambda: -1):  # as another process would
+            write_atomically(path, lambda part: part.write_text("second"))
+        assert path.read_text() == "second"
+
+    write_atomically(path, slowly)
+    assert path.read_text() == "first" and os.listdir(path.parent) == ["file"]
+
+    def interrupted(part):
+        part.write_text("half")
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        write_atomically(path, interrupted)
+    assert path.read_text() == "first" and os.listdir(path.parent) == ["file"]
+
+
+def test_an_error_without_a_message_is_named():
+    def fail(argv):
+        raise ConnectionResetError
+
+    assert quietly(fail) == (1, f"{Path(sys.argv[0]).name}: ConnectionResetError\n")
 
 
 def test_metrics_on_a_full_disk_are_an_error_that_names_the_file():
@@ -542,3 +588,17 @@ def test_a_step_line_has_means_over_examples_and_speed_per_second():
                                            tokens_per_second=10, steps_per_second=0.5)
         log.write(1, 3)
         assert of_run.log.call_count == 1, "no line without a step"
+
+
+def test_the_speed_of_steps_leaves_out_evaluations():
+    evaluate = multitask_classifier.evaluate
+
+    def slowly(*arguments):
+        time.sleep(5)
+        return evaluate(*arguments)
+
+    with mock.patch.object(multitask_classifier, "evaluate", slowly):
+        status, printed, folder = run("--epochs", 2)  # of two steps, with a line each
+    assert status == 0, printed
+    first, second = (line["steps_per_second"] for line in read_metrics(folder, "step"))
+    assert second > 2 / 5, (first, second)
