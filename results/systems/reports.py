@@ -1,6 +1,8 @@
 """The commands of every system of the five reports at the reports' own settings: bert-base-uncased
-at its [CLS] token, ten epochs (2g: five; 5f: mean pooling). `python results/systems/systems.py show
-4f` prints them. They have not been run at full size here; README.md says what differs from the reports.
+at its [CLS] token, ten epochs (2g: five; 5f: mean pooling). They have not been run at full size
+here; README.md says what differs from the reports. To print them:
+
+    python results/systems/systems.py show 4f
 
 The course's training script has a constant learning rate, no warm-up and no clipping; only report
 5 mentions a decay (5b). Where a report is silent, the default stands. The Yelp reviews of 5e and 5g
@@ -26,7 +28,8 @@ QUORA_SIZES = {"2c-whole": f"{SEQUENTIAL} --epochs 5 --limit para=1",
                "2d-whole": f"{MTDNN.format(4423)} --epochs 5 --limit para=1",
                "2d-half": f"{MTDNN.format(2212)} --epochs 5 --limit para=0.5",
                "2d-quarter": f"{MTDNN.format(1106)} --epochs 5 --limit para=0.25"}
-PLOT = f"python support/plots.py {' '.join(f'runs/{name}' for name in QUORA_SIZES)} --out runs/quora.png"
+PLOT = ("python support/plots.py " + " ".join(f"runs/{name}" for name in QUORA_SIZES)
+        + " --out runs/quora.png")
 
 HEADS_3 = "--pair_head para=uv,sts=cosine"
 DROPOUT_3 = "--hidden_dropout_prob 0.1"

@@ -21,7 +21,7 @@ from systems import QUORA_PARTS, SIZES, SYSTEMS  # noqa: E402
 PAGE = HERE / "README.md"
 FRONT_PAGE = HERE.parents[1] / "README.md"
 FRONT = {"5a": "frozen encoder, each pair as one sequence",
-         "4a-cosine": "frozen encoder, cosine of u and v",
+         "4a-cosine": "frozen encoder, cosine of u and v (for sts without any training)",
          "1b-uv": "fine-tuned, linear layer on [u; v]",
          "1b": "fine-tuned, linear layer on [u; v; abs(u - v)]",
          "1d": "the same, with gradient surgery (PCGrad)",
@@ -59,8 +59,8 @@ def scores_table(found):
         thousands = [f"{seen[task] / 1000:.1f}" if task in seen else "-" for task in TASKS]
         rows.append((name, system.what, " / ".join(thousands), len(records), *cells,
                      cell(overall(records)), " / ".join(report)))
-    return table(("system", "what it is", "thousands of examples: sst / para / sts", "seeds", *TASKS, "overall_2023",
-                  "report: sst / para / sts"), rows)
+    return table(("system", "what it is", "thousands of examples: sst / para / sts", "seeds",
+                  *TASKS, "overall_2023", "report: sst / para / sts"), rows)
 
 
 def front_table(found):
@@ -138,8 +138,8 @@ def claims_table(found):
             here = {what: measured(found, claim, what) for what in claim.what}
             rows.append((claim.report, claim.says, f"{claim.base}, {claim.system}",
                          lines_of_cell(there), lines_of_cell(here), claim.here))
-    return table(("report", "it says", "from, to", "difference there", "difference here [95 % interval]",
-                  "what these runs show"), rows)
+    return table(("report", "it says", "from, to", "difference there",
+                  "difference here [95 % interval]", "what these runs show"), rows)
 
 
 def lines_of_cell(differences):
@@ -173,7 +173,8 @@ def measured(found, claim, what):
 
 
 def quora_table(found):
-    """Report 2's study: sequential training (2c) and MT-DNN's schedule (2d) as the Quora set shrinks."""
+    """Report 2's study: sequential training (2c) and MT-DNN's schedule (2d) as the Quora set
+    shrinks."""
     rows = []
     for suffix, share in QUORA_SHARES.items():
         pair = [found.get(f"{name}{suffix}") for name in ("2c", "2d")]
