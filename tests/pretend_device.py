@@ -153,7 +153,8 @@ def place():
     frame = sys._getframe(1)
     while frame:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PROJECT) and path != Path(__file__):
+        ours = path.is_relative_to(PROJECT) and path != Path(__file__)
+        if ours and "site-packages" not in path.parts:  # of an environment in this folder
             return f"{path.relative_to(PROJECT)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "a backward pass"
