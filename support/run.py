@@ -279,7 +279,7 @@ class StepLog:
         self.sums = {name: torch.zeros((), device=self.device) for name in self.names}
         self.counts = dict.fromkeys(self.names, 0)
         self.tokens = self.steps = self.skipped = 0  # skipped: updates
-        self.unchecked = []  # (name, loss, step, batch)
+        self.unchecked = []  # (name, loss, step since the last line, batch)
         self.diagnosed = []  # pcgrad.diagnostics of each update
         self.start = time.perf_counter()
 
@@ -386,7 +386,8 @@ def prepare_streams():
 
 def exit_status(main, argv=None):
     """Call main(argv). Returns 0, or with one line that says why: 2 for bad input, 1 for a run that
-    failed, 130 after Ctrl-C."""
+    failed, 130 after Ctrl-C. An error of the program itself stays a traceback. With several
+    processes it may end the process itself."""
     prepare_streams()
     script = Path(sys.argv[0]).name
     message = None
