@@ -118,7 +118,7 @@ def test_show_prints_commands_that_are_understood():
     for name in (*systems.SYSTEMS, "2g"):
         _, printed = captured(systems.show, systems.STUDY, name, 1)
         commands = [line for line in printed.splitlines() if not line.startswith("#")]
-        assert len(commands) >= 2, name
+        assert len(commands) >= (1 if name in systems.NOT_IN_THE_REPORTS else 2), name
         for command in commands:
             _, called, *argv = command.replace("DATA", "data").split()
             if called != "support/plots.py":
