@@ -22,18 +22,18 @@ TOGETHER = ("--option finetune --lr 2e-4 --epochs 4 --epoch_length 1132 "
 # about as many passes over pairs and phrases, five over sts, most of them towards the end
 ANNEALED = ("--option finetune --lr 1e-4 --epochs 4 --epoch_length 2500 --schedule annealed "
             "--batch_size sst=64,para=64,sts=32")
-# a quarter of that, to choose between settings
+# a quarter of that, to choose between settings; and in about the same time more pairs, less phrases
+BATCHES = ("--option finetune --epochs 2 --epoch_length 1000 --schedule annealed "
+           "--batch_size sst=32,para=96,sts=64")
 SHORT = ("--option finetune --epochs 2 --epoch_length 1250 --schedule annealed "
          "--batch_size sst=64,para=64,sts=32")
 SYSTEMS = {
-    "short": System("phrases, cross-encoded pairs, annealed, a quarter of the steps",
-                    f"{SHORT} --lr 1e-4 --pair_head cross {PHRASES}"),
-    "short+rate": System("the same at a rate of 2e-4",
-                         f"{SHORT} --lr 2e-4 --pair_head cross {PHRASES}"),
-    "short+cosine": System("at 2e-4, a cosine for sts",
+    "short+cosine": System("2,500 steps of 64 phrases, 64 pairs or 32 pairs of sts",
                            f"{SHORT} --lr 2e-4 --pair_head para=cross,sts=cosine {PHRASES}"),
-    "short+pal": System("at 2e-4, a cosine for sts, PAL",
+    "short+pal": System("the same with PAL",
                         f"{SHORT} --lr 2e-4 --pair_head para=cross,sts=cosine --pal {PHRASES}"),
+    "short+batches": System("2,000 steps of 32 phrases, 96 pairs or 64 pairs of sts",
+                            f"{BATCHES} --lr 2e-4 --pair_head para=cross,sts=cosine {PHRASES}"),
     "annealed": System("phrases, cross-encoded pairs, annealed",
                        f"{ANNEALED} --pair_head cross {PHRASES}"),
     "phrases": System("phrases, the three tasks in each step, a cosine for sts",
