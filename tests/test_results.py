@@ -224,8 +224,15 @@ def test_each_system_of_the_search_trains_on_the_examples_of_its_budget():
                    if name.startswith("5c") else budgets.get(name, 60_000))
 
 
+def test_each_system_of_the_recipe_trains_on_the_examples_of_its_budget():
+    recipe = script("recipe/recipe")
+    budgets = {"annealed": 611_000, "phrases": 616_000, "short+batches": 126_700}
+    assert_budgets(recipe.STUDY, recipe.SIZES, lambda name, system: budgets.get(name, 151_000))
+
+
 def test_each_record_was_made_by_the_command_of_its_system():
-    for study in (script("systems/systems").STUDY, script("search/search").STUDY):
+    for study in (script(name).STUDY
+                  for name in ("systems/systems", "search/search", "recipe/recipe")):
         folders = [path.parent for path in study.folder.glob("*/command.txt")]
         assert folders
         for folder in folders:
@@ -239,11 +246,12 @@ def test_each_record_was_made_by_the_command_of_its_system():
 # ---------------------------------------------------------------- tables
 
 def test_the_pages_have_the_tables_that_the_records_give():
-    systems, search = script("systems/tables"), script("search/search")
+    systems = script("systems/tables")
     found = systems.read_all()
     for name, tables in ((".", {"scores": systems.front_table(found)}),
                          ("results/systems", systems.all_tables(found)),
-                         ("results/search", search.tables())):
+                         ("results/search", script("search/search").tables()),
+                         ("results/recipe", script("recipe/recipe").tables())):
         page = (PROJECT / name / "README.md").read_text(encoding="utf-8")
         for marker, lines in tables.items():
             assert "\n".join([f"<!-- {marker} -->", *lines, ""]) in page, (name, marker)

@@ -1,8 +1,9 @@
 """The search for a recipe that a student can run overnight on a CPU and that beats every report.
 
-    python results/recipe/recipe.py show annealed        print the commands of a system
+    python results/recipe/recipe.py show annealed        print the command of a system
     python results/recipe/recipe.py run annealed --seeds 2 --data_dir DIR
                                                          train with seed 2, and keep a record
+    python results/recipe/recipe.py table                write the table of README.md
 
 DIR holds the course's files, and ids-sst-phrases-train.csv, the labelled phrases of the treebank's
 training sentences (python data/phrases.py). All systems use the default encoder with mean pooling.
@@ -13,6 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from results import study  # noqa: E402
+from results.scores import read_records, table_over, write_tables  # noqa: E402
 from results.study import System  # noqa: E402
 
 PHRASES = "--sst_train DATA/ids-sst-phrases-train.csv"
@@ -40,7 +42,15 @@ SYSTEMS = {
                       f"{TOGETHER} --pair_head para=cross,sts=cosine {PHRASES}"),
 }
 STUDY = study.Study(HERE, SYSTEMS)
+SIZES = {"sst": 150962, "para": 144903, "sts": 6040}  # to train on; sst: phrases
+
+
+def tables(folder=HERE):
+    """{name in README.md: the lines of a table}."""
+    found = {name: read_records(folder, name) for name in SYSTEMS}
+    return {"recipe": table_over("short+cosine", SYSTEMS, found)}
 
 
 if __name__ == "__main__":
-    study.main(STUDY, __doc__.split("\n\n")[0])
+    study.main(STUDY, __doc__.split("\n\n")[0],
+               write_tables=lambda: write_tables(HERE / "README.md", tables()))
