@@ -1,7 +1,7 @@
 """The search for a recipe that a student can run overnight on a CPU and that beats every report.
 
-    python results/recipe/recipe.py show annealed        print the command of a system
-    python results/recipe/recipe.py run annealed --seeds 2 --data_dir DIR
+    python results/recipe/recipe.py show full            print the command of a system
+    python results/recipe/recipe.py run full --seeds 2 --data_dir DIR
                                                          train with seed 2, and keep a record
     python results/recipe/recipe.py table                write the table of README.md
 
@@ -18,28 +18,22 @@ from results.scores import read_records, table_over, write_tables  # noqa: E402
 from results.study import System  # noqa: E402
 
 PHRASES = "--sst_train DATA/ids-sst-phrases-train.csv"
-# two passes over the pairs, nearly as many over the phrases, six over sts
-TOGETHER = ("--option finetune --lr 2e-4 --epochs 4 --epoch_length 1132 "
-            "--batch_size sst=64,para=64,sts=8")
-# about as many passes over pairs and phrases, five over sts, most of them towards the end
-ANNEALED = ("--option finetune --lr 1e-4 --epochs 4 --epoch_length 2500 --schedule annealed "
-            "--batch_size sst=64,para=64,sts=32")
-# a quarter of that, to choose between settings; and in about the same time more pairs, less phrases
-BATCHES = ("--option finetune --epochs 2 --epoch_length 1000 --schedule annealed "
-           "--batch_size sst=32,para=96,sts=64")
+RATE_AND_HEADS = "--lr 2e-4 --pair_head para=cross,sts=cosine"
+FULL = ("--option finetune --epochs 4 --epoch_length 2000 --schedule annealed "
+        "--batch_size sst=64,para=96,sts=64")
+# short runs, to choose between settings
 SHORT = ("--option finetune --epochs 2 --epoch_length 1250 --schedule annealed "
          "--batch_size sst=64,para=64,sts=32")
+BATCHES = ("--option finetune --epochs 2 --epoch_length 1000 --schedule annealed "
+           "--batch_size sst=32,para=96,sts=64")
 SYSTEMS = {
     "short+cosine": System("2,500 steps of 64 phrases, 64 pairs or 32 pairs of sts",
-                           f"{SHORT} --lr 2e-4 --pair_head para=cross,sts=cosine {PHRASES}"),
-    "short+pal": System("the same with PAL",
-                        f"{SHORT} --lr 2e-4 --pair_head para=cross,sts=cosine --pal {PHRASES}"),
+                           f"{SHORT} {RATE_AND_HEADS} {PHRASES}"),
+    "short+pal": System("the same with PAL", f"{SHORT} {RATE_AND_HEADS} --pal {PHRASES}"),
     "short+batches": System("2,000 steps of 32 phrases, 96 pairs or 64 pairs of sts",
-                            f"{BATCHES} --lr 2e-4 --pair_head para=cross,sts=cosine {PHRASES}"),
-    "annealed": System("phrases, cross-encoded pairs, annealed",
-                       f"{ANNEALED} --pair_head cross {PHRASES}"),
-    "phrases": System("phrases, the three tasks in each step, a cosine for sts",
-                      f"{TOGETHER} --pair_head para=cross,sts=cosine {PHRASES}"),
+                            f"{BATCHES} {RATE_AND_HEADS} {PHRASES}"),
+    "full": System("8,000 steps of 64 phrases, 96 pairs or 64 pairs of sts",
+                   f"{FULL} {RATE_AND_HEADS} {PHRASES}"),
 }
 STUDY = study.Study(HERE, SYSTEMS)
 SIZES = {"sst": 150962, "para": 144903, "sts": 6040}  # to train on; sst: phrases
