@@ -21,10 +21,8 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(part, path)
     except Exception as error:  # torch and safetensors have exceptions of their own for a full disk
-        part.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
         raise OSError(f"{path} cannot be written ({reason}); "
                       "a file that was there before is untouched") from error
-    except KeyboardInterrupt:
-        part.unlink(missing_ok=True)
-        raise
+    finally:
+        part.unlink(missing_ok=True)  # after an error, or Ctrl-C

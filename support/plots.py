@@ -102,7 +102,7 @@ def plot_study(folders, path):
             trained = flags[folder]["trained"]
             best[folder] = max(read_metrics(folder, "evaluation"),
                                key=lambda line: selection_score(line, trained))["dev"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder}: not a run of multitask_classifier.py "
                              f"({error})") from None
     limits = {folder: args["limit"] or {} for folder, args in flags.items()}

@@ -93,8 +93,8 @@ CLAIMS = [
                "ninth; not for sentiment, which has a sixth"),
     Claim(5, "mixed batches beat sequential training", "5b", "5c", (*SCORES, "overall_2023"),
           here="yes for sentiment, similarity and overall, not for paraphrase; but optimizers, "
-               "examples per task and the size of an update differ too, and the rate was chosen for "
-               "5c"),
+               "examples per task and the size of an update differ too, and the rate was chosen "
+               "for 5c"),
     Claim(5, "gradient surgery gives no noticeable gain", "5c", "5d", (*SCORES, "overall_2023"),
           here="not contradicted: no significant difference"),
     Claim(5, "at a dropout of .5 surgery helps", "5c-.5", "5d-.5",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-from reports import REPORTS  # noqa: E402
+from reports import REPORTS, SMART, SST_ALONE  # noqa: E402
 from results import study  # noqa: E402
 from results.study import System  # noqa: E402
 
@@ -37,11 +37,9 @@ MIXED_YELP_STEPS = f"{MIXED_STEPS},yelp=4 --aux yelp=DATA/yelp-train.csv --limit
 
 FINETUNE = "--option finetune --lr 2e-4"
 FROZEN = "--option pretrain --lr 1e-3"
-SST_ALONE = "--tasks sst --score_also para,sts"
 SEQUENTIAL = f"{FINETUNE} {ONE_TASK_STEPS} --schedule sequential"
 MTDNN = f"{FINETUNE} {ONE_TASK_STEPS} --schedule mtdnn --upsample --pair_head uv"
 REPORT_3 = "--pair_head para=uv,sts=cosine --hidden_dropout_prob 0.1"
-SMART = "--smart --proximal --proximal_mu 0.8 --proximal_beta 0.95"
 REPORT_4 = "--weight_decay 0.01 --hidden_dropout_prob 0.2"
 ANNEALED = f"{FINETUNE} {ANNEALED_STEPS} --schedule annealed --pair_head cross {REPORT_4}"
 MIXED = f"{FINETUNE} {MIXED_STEPS} --schedule mixed --pair_head cross"
