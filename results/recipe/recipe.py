@@ -26,6 +26,7 @@ SLOWER = ("--option finetune --epochs 4 --epoch_length 2500 --schedule annealed 
 # short runs, to choose between settings
 SHORT = ("--option finetune --epochs 2 --epoch_length 1250 --schedule annealed "
          "--batch_size sst=64,para=64,sts=32 --lr 2e-4")
+SHORT_SLOWER = SHORT.replace("2e-4", "1e-4")
 BATCHES = ("--option finetune --epochs 2 --epoch_length 1000 --schedule annealed "
            "--batch_size sst=32,para=96,sts=64 --lr 2e-4")
 TOGETHER = ("--option finetune --epochs 2 --epoch_length 560 "
@@ -35,6 +36,7 @@ SYSTEMS = {
                            f"{SHORT} {HEADS} {PHRASES}"),
     "short+cross": System("the same, sts as one sequence too",
                           f"{SHORT} --pair_head cross {PHRASES}"),
+    "short+rate": System("short+cosine at a rate of 1e-4", f"{SHORT_SLOWER} {HEADS} {PHRASES}"),
     "short+pal": System("short+cosine with PAL", f"{SHORT} {HEADS} --pal {PHRASES}"),
     "short+batches": System("2,000 steps of 32 phrases, 96 pairs or 64 pairs of sts",
                             f"{BATCHES} {HEADS} {PHRASES}"),
