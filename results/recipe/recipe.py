@@ -23,6 +23,7 @@ FULL = ("--option finetune --epochs 4 --epoch_length 2000 --schedule annealed "
         "--batch_size sst=64,para=96,sts=64 --lr 2e-4")
 SLOWER = ("--option finetune --epochs 4 --epoch_length 2500 --schedule annealed "
           "--batch_size sst=64,para=64,sts=32 --lr 1e-4")
+LONGER = SLOWER.replace("--epochs 4", "--epochs 6")
 # short runs, to choose between settings
 SHORT = ("--option finetune --epochs 2 --epoch_length 1250 --schedule annealed "
          "--batch_size sst=64,para=64,sts=32 --lr 2e-4")
@@ -46,6 +47,7 @@ SYSTEMS = {
                    f"{FULL} {HEADS} {PHRASES}"),
     "annealed": System("10,000 steps of 64 phrases, 64 pairs or 32 pairs of sts as one sequence, "
                        "at a rate of 1e-4", f"{SLOWER} --pair_head cross {PHRASES}"),
+    "longer": System("annealed with 15,000 steps", f"{LONGER} --pair_head cross {PHRASES}"),
 }
 STUDY = study.Study(HERE, SYSTEMS)
 SIZES = {"sst": 150962, "para": 144903, "sts": 6040}  # to train on; sst: phrases
