@@ -21,24 +21,22 @@ PHRASES = "--sst_train DATA/ids-sst-phrases-train.csv"
 HEADS = "--pair_head para=cross,sts=cosine"
 FULL = ("--option finetune --epochs 4 --epoch_length 2000 --schedule annealed "
         "--batch_size sst=64,para=96,sts=64 --lr 2e-4")
-SLOWER = ("--option finetune --epochs 4 --epoch_length 2500 --schedule annealed "
-          "--batch_size sst=64,para=64,sts=32 --lr 1e-4")
-LONGER = SLOWER.replace("--epochs 4", "--epochs 6")
+ANNEALED = "--schedule annealed --batch_size sst=64,para=64,sts=32"
+SLOWER = f"--epoch_length 2500 {ANNEALED} --lr 1e-4 --pair_head cross"
 # short runs, to choose between settings
-SHORT = ("--option finetune --epochs 2 --epoch_length 1250 --schedule annealed "
-         "--batch_size sst=64,para=64,sts=32 --lr 2e-4")
-SHORT_SLOWER = SHORT.replace("2e-4", "1e-4")
+SHORT = f"--option finetune --epochs 2 --epoch_length 1250 {ANNEALED}"
 BATCHES = ("--option finetune --epochs 2 --epoch_length 1000 --schedule annealed "
            "--batch_size sst=32,para=96,sts=64 --lr 2e-4")
 TOGETHER = ("--option finetune --epochs 2 --epoch_length 560 "
             "--batch_size sst=64,para=64,sts=8 --lr 2e-4")
 SYSTEMS = {
     "short+cosine": System("2,500 steps of 64 phrases, 64 pairs or 32 pairs of sts",
-                           f"{SHORT} {HEADS} {PHRASES}"),
+                           f"{SHORT} --lr 2e-4 {HEADS} {PHRASES}"),
     "short+cross": System("the same, sts as one sequence too",
-                          f"{SHORT} --pair_head cross {PHRASES}"),
-    "short+rate": System("short+cosine at a rate of 1e-4", f"{SHORT_SLOWER} {HEADS} {PHRASES}"),
-    "short+pal": System("short+cosine with PAL", f"{SHORT} {HEADS} --pal {PHRASES}"),
+                          f"{SHORT} --lr 2e-4 --pair_head cross {PHRASES}"),
+    "short+rate": System("short+cosine at a rate of 1e-4",
+                         f"{SHORT} --lr 1e-4 {HEADS} {PHRASES}"),
+    "short+pal": System("short+cosine with PAL", f"{SHORT} --lr 2e-4 {HEADS} --pal {PHRASES}"),
     "short+batches": System("2,000 steps of 32 phrases, 96 pairs or 64 pairs of sts",
                             f"{BATCHES} {HEADS} {PHRASES}"),
     "short+together": System("1,120 steps of 64 phrases, 64 pairs and 8 pairs of sts",
@@ -46,8 +44,9 @@ SYSTEMS = {
     "full": System("8,000 steps of 64 phrases, 96 pairs or 64 pairs of sts",
                    f"{FULL} {HEADS} {PHRASES}"),
     "annealed": System("10,000 steps of 64 phrases, 64 pairs or 32 pairs of sts as one sequence, "
-                       "at a rate of 1e-4", f"{SLOWER} --pair_head cross {PHRASES}"),
-    "longer": System("annealed with 15,000 steps", f"{LONGER} --pair_head cross {PHRASES}"),
+                       "at a rate of 1e-4", f"--option finetune --epochs 4 {SLOWER} {PHRASES}"),
+    "longer": System("annealed with 15,000 steps",
+                     f"--option finetune --epochs 6 {SLOWER} {PHRASES}"),
 }
 STUDY = study.Study(HERE, SYSTEMS)
 SIZES = {"sst": 150962, "para": 144903, "sts": 6040}  # to train on; sst: phrases
