@@ -22,7 +22,6 @@ HEADS = "--pair_head para=cross,sts=cosine"
 FULL = ("--option finetune --epochs 4 --epoch_length 2000 --schedule annealed "
         "--batch_size sst=64,para=96,sts=64 --lr 2e-4")
 ANNEALED = "--schedule annealed --batch_size sst=64,para=64,sts=32"
-SLOWER = f"--epoch_length 2500 {ANNEALED} --lr 1e-4 --pair_head cross"
 # short runs, to choose between settings
 SHORT = f"--option finetune --epochs 2 --epoch_length 1250 {ANNEALED}"
 BATCHES = ("--option finetune --epochs 2 --epoch_length 1000 --schedule annealed "
@@ -34,6 +33,10 @@ SYSTEMS = {
                            f"{SHORT} --lr 2e-4 {HEADS} {PHRASES}"),
     "short+cross": System("the same, sts as one sequence too",
                           f"{SHORT} --lr 2e-4 --pair_head cross {PHRASES}"),
+    "short+cosines": System("short+cosine with a cosine for paraphrase too",
+                            f"{SHORT} --lr 2e-4 --pair_head cosine {PHRASES}"),
+    "short+sentences": System("short+cosine on the sentences alone, without the phrases",
+                              f"{SHORT} --lr 2e-4 {HEADS}"),
     "short+rate": System("short+cosine at a rate of 1e-4",
                          f"{SHORT} --lr 1e-4 {HEADS} {PHRASES}"),
     "short+pal": System("short+cosine with PAL", f"{SHORT} --lr 2e-4 {HEADS} --pal {PHRASES}"),
@@ -44,12 +47,11 @@ SYSTEMS = {
     "full": System("8,000 steps of 64 phrases, 96 pairs or 64 pairs of sts",
                    f"{FULL} {HEADS} {PHRASES}"),
     "annealed": System("10,000 steps of 64 phrases, 64 pairs or 32 pairs of sts as one sequence, "
-                       "at a rate of 1e-4", f"--option finetune --epochs 4 {SLOWER} {PHRASES}"),
-    "longer": System("annealed with 15,000 steps",
-                     f"--option finetune --epochs 6 {SLOWER} {PHRASES}"),
+                       "at a rate of 1e-4",
+                       f"--option finetune --epochs 4 --epoch_length 2500 {ANNEALED} --lr 1e-4 "
+                       f"--pair_head cross {PHRASES}"),
 }
 STUDY = study.Study(HERE, SYSTEMS)
-SIZES = {"sst": 150962, "para": 144903, "sts": 6040}  # to train on; sst: phrases
 
 
 def tables(folder=HERE):
