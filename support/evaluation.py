@@ -32,10 +32,14 @@ def predict(model, task, examples, indices=None):
     training = model.training
     model.eval()
     outputs = torch.zeros(len(examples), examples.task.num_outputs, device=model.device)
-    where, found = [], []
-    for batch in evaluation_batches(examples, indices[rank::world]):
-        where.append(batch.indices)
-        found.append(model.logits(task, batch).float())
+    share, where, found = indices[rank::world], [], []
+    # the bar appears where a set takes longer than three seconds
+    with tqdm(total=len(share), desc=f"predicting {task}", unit="example", leave=False, delay=3,
+              disable=rank > 0) as bar:
+        for batch in evaluation_batches(examples, share):
+            where.append(batch.indices)
+            found.append(model.logits(task, batch).float())
+            bar.update(len(batch.indices))
     if found:  # written once: a GPU would have to be waited for at each write
         outputs[np.concatenate(where)] = torch.cat(found)
     model.train(training)

@@ -227,7 +227,7 @@ def test_each_system_of_the_search_trains_on_the_examples_of_its_budget():
 
 def test_each_system_of_the_recipe_trains_on_the_examples_of_its_budget():
     budgets = {"full": 626_000, "annealed": 610_000, "short+batches": 126_700,
-               "short+sentences": 148_200}
+               "short+sentences": 148_200, "cfimdb": 5_121}
     assert_budgets(script("recipe/recipe").STUDY, script("systems/systems").SIZES,
                    lambda name, system: budgets.get(name, 151_000))
 
@@ -257,6 +257,19 @@ def test_the_pages_have_the_tables_that_the_records_give():
         page = (PROJECT / name / "README.md").read_text(encoding="utf-8")
         for marker, lines in tables.items():
             assert "\n".join([f"<!-- {marker} -->", *lines, ""]) in page, (name, marker)
+
+
+def test_the_means_of_the_recipe_are_of_recorded_runs():
+    for path in (RESULTS / "recipe").glob("mean-*.json"):
+        scores = json.loads(path.read_text())
+        *runs, mean = scores
+        seed = path.stem.removeprefix("mean-")
+        assert runs == [f"runs/recipe/{name}-{seed}" for name in script("recipe/recipe").RECIPE]
+        for name in runs:
+            record = read_metrics(RESULTS / name.removeprefix("runs/"), "evaluation")
+            best = max(record, key=lambda line: line["overall_2023"])
+            for task, score in best["dev"].items():
+                assert math.isclose(scores[name][task], score, abs_tol=1e-6), (path, name, task)
 
 
 def rows_with_a_record(page):
@@ -413,11 +426,11 @@ def test_a_table_is_written_below_its_marker():
 
 # ---------------------------------------------------------------- averages, SMART's released code
 
-def averages_of(*folders):
-    """{what: its scores} that results/search/average.py prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        script("search/average").main([*map(str, folders), "--data_dir", str(workspace() / "data")])
-    lines = [line for line in printed.getvalue().splitlines() if "overall_2023" in line]
+def averages_of(*folders, out=()):
+    """{what: its scores} that results/average.py prints."""
+    _, printed = captured(script("average").main, [*map(str, folders), "--data_dir",
+                                                   str(workspace() / "data"), *out])
+    lines = [line for line in printed.splitlines() if "overall_2023" in line]
     return dict(line.split(": ") for line in lines)
 
 
@@ -427,22 +440,47 @@ def two_runs():
             for seed in (1, 2)]
 
 
+def mean_similarity(folders, split):
+    """The labels of sts, its ids, and the mean of the runs' similarities."""
+    similarity = 0
+    for folder in folders:
+        model = MultitaskBERT.load(folder)
+        path = workspace() / "data" / TASKS["sts"].filename(split)
+        examples = read_examples(path, TASKS["sts"], labelled=split != "test")
+        examples = tokenize(examples, model.tokenizer, 64, model.pair_head["sts"] == "cross")
+        similarity = similarity + predict(model, "sts", examples)[:, 0] / len(folders)
+    return examples.labels, examples.ids, similarity
+
+
 def test_average_py_has_the_runs_scores_and_those_of_their_mean_outputs():
     scores = averages_of(*two_runs())
     for folder in two_runs():
         best = max(read_metrics(folder, "evaluation"), key=lambda line: line["overall_2023"])
         expected = f"sts {best['dev']['sts']:.3f}  overall_2023 {best['overall_2023']:.3f}"
         assert expected in scores[str(folder)]
+    labels, _, similarity = mean_similarity(two_runs(), "dev")
+    assert f"sts {np.corrcoef(similarity, labels)[0, 1]:.3f}" in scores["the mean of their outputs"]
 
-    models = [MultitaskBERT.load(folder) for folder in two_runs()]
-    examples = read_examples(workspace() / "data" / "sts-dev.csv", TASKS["sts"])
-    examples = tokenize(examples, models[0].tokenizer, 64, cross=False)
-    similarity = sum(predict(model, "sts", examples)[:, 0] for model in models) / 2
-    r = np.corrcoef(similarity, examples.labels)[0, 1]
-    assert f"sts {r:.3f}" in scores["the mean of their outputs"]
 
-    raises(InputError, "in their seed alone", averages_of, two_runs()[0],
-           run("--pair_head", "uv_diff")[2])
+def test_runs_with_unlike_heads_have_mean_outputs_but_no_mean_weights():
+    folders = [two_runs()[0], run("--pair_head", "cross", steps=4)[2]]
+    out = Path(tempfile.mkdtemp(dir=workspace())) / "mean"
+    scores = averages_of(*folders, out=("--out", str(out)))
+    assert list(scores) == [*map(str, folders), "the mean of their outputs"]
+    labels, _, similarity = mean_similarity(folders, "dev")
+    r = np.corrcoef(similarity, labels)[0, 1]
+    kept = json.loads((out / "scores.json").read_text())["the mean of their outputs"]
+    assert abs(kept["sts"] - r) < 1e-6 and f"sts {r:.3f}" in scores["the mean of their outputs"]
+
+    # one prediction of the mean per id of the test file
+    _, ids, similarity = mean_similarity(folders, "test")
+    header, *lines = (out / "sts-test-output.csv").read_text().splitlines()
+    assert [line.split(" , ")[0] for line in lines] == list(ids)
+    np.testing.assert_allclose([float(line.split(" , ")[1]) for line in lines], similarity,
+                               rtol=1e-5)
+    raises(InputError, "exists already", averages_of, *folders, out=("--out", str(out)))
+    raises(InputError, "other tasks", averages_of, folders[0],
+           run("--tasks", "sst", steps=4)[2])
 
 
 def test_the_mean_of_weights_is_a_model_with_the_mean_weights():
@@ -450,7 +488,7 @@ def test_the_mean_of_weights_is_a_model_with_the_mean_weights():
     models = [MultitaskBERT.load(folder) for folder in two_runs()]
     states = [{name: tensor.clone() for name, tensor in model.state_dict().items()}
               for model in models]
-    mean = script("search/average").mean_of_weights(models)
+    mean = script("average").mean_of_weights(models)
     for name, tensor in mean.state_dict().items():
         torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2)
 
@@ -462,7 +500,7 @@ def test_the_mean_of_weights_is_a_model_with_the_mean_weights():
 def test_a_constant_added_to_the_logits_of_classes_leaves_the_mean_output():
     p = np.log([[.5, .25, .25]])
     logits = [{"sst": p + shift, "para": np.array([[z]])} for shift, z in ((0, 1.), (7, 3.))]
-    means = script("search/average").mean_of_outputs(logits)
+    means = script("average").mean_of_outputs(logits)
     np.testing.assert_allclose(means["sst"], p)
     assert means["para"] == 2.0
 

@@ -8,13 +8,14 @@
 DIR holds the course's files, and ids-sst-phrases-train.csv, the labelled phrases of the treebank's
 training sentences (python data/phrases.py). All systems use the default encoder with mean pooling.
 """
+import json
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from results import study  # noqa: E402
-from results.scores import read_records, table_over, write_tables  # noqa: E402
+from results.scores import TASKS, cell, read_records, table, table_over, write_tables  # noqa: E402
 from results.study import System  # noqa: E402
 
 PHRASES = "--sst_train DATA/ids-sst-phrases-train.csv"
@@ -50,14 +51,32 @@ SYSTEMS = {
                        "at a rate of 1e-4",
                        f"--option finetune --epochs 4 --epoch_length 2500 {ANNEALED} --lr 1e-4 "
                        f"--pair_head cross {PHRASES}"),
+    "cfimdb": System("annealed, then the reviews of CFIMDB alone",
+                     "--option finetune --tasks cfimdb --epochs 3 --batch_size 16 --lr 5e-5",
+                     start="annealed"),
 }
+RECIPE = ("annealed", "short+cosine")  # the mean of their outputs is the recipe
 STUDY = study.Study(HERE, SYSTEMS)
+
+
+def mean_table(folder):
+    """The two runs of the recipe and the mean of their outputs, over the seeds that have one.
+    mean-SEED.json is the scores.json of results/average.py."""
+    kept = [json.loads(path.read_text()) for path in sorted(folder.glob("mean-*.json"))]
+    rows = []
+    for i, what in enumerate((*RECIPE, "the mean of their outputs")):
+        found = [list(scores.values())[i] for scores in kept]
+        columns = (*TASKS, "overall_2023")
+        rows.append((what, len(kept), *(cell([scores[name] for scores in found])
+                                        for name in columns)))
+    return table(("", "seeds", *TASKS, "overall_2023"), rows)
 
 
 def tables(folder=HERE):
     """{name in README.md: the lines of a table}."""
-    found = {name: read_records(folder, name) for name in SYSTEMS}
-    return {"recipe": table_over("short+cosine", SYSTEMS, found)}
+    multitask = {name: system for name, system in SYSTEMS.items() if name != "cfimdb"}
+    found = {name: read_records(folder, name) for name in multitask}
+    return {"mean": mean_table(folder), "recipe": table_over("short+cosine", multitask, found)}
 
 
 if __name__ == "__main__":
