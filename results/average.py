@@ -1,5 +1,5 @@
-"""Dev scores of several runs, of the mean of their outputs and, where they differ in nothing but
-their seed, of the mean of their weights (a model soup: Wortsman et al. 2022).
+"""Dev scores of several runs, of the mean of their outputs and, where their models have the same
+parts, of the mean of their weights (a model soup: Wortsman et al. 2022).
 
     python results/average.py RUN RUN ... --data_dir DIR                the scores
     python results/average.py RUN RUN ... --data_dir DIR --out FOLDER   and the mean's predictions
@@ -44,7 +44,7 @@ def mean_of_outputs(outputs):
 
 
 def mean_of_weights(models):
-    """The first model, with the mean of all models' weights."""
+    """The first model, which gets the mean of all models' weights."""
     states = [model.state_dict() for model in models]
     means = {name: torch.stack([state[name] for state in states]).mean(dim=0)
              for name in states[0]}
@@ -103,7 +103,7 @@ def main(argv=None):
         raise InputError(f"--out {args.out}: exists already; name a new folder")
 
     models = [MultitaskBERT.load(run) for run in args.runs]
-    args.tasks = [name for name in models[0].tasks if name in TASKS]  # an auxiliary has no dev set
+    args.tasks = [name for name in models[0].tasks if name in TASKS]  # an --aux task has no dev set
     for run, model in zip(args.runs, models):
         if args.tasks != [name for name in model.tasks if name in TASKS]:
             raise InputError(f"{run} has other tasks than {args.runs[0]}, so there is no mean")
@@ -119,17 +119,19 @@ def main(argv=None):
         data = load_sets(run, model, args)
         outputs.append(outputs_of(model, data))
         report(run, outputs[-1], data)
+    # from here on `data` is the last run's: the labels are the same for all
     mean = mean_of_outputs(outputs)
     report("the mean of their outputs", mean, data)
 
     differing = differing_flags(args.runs)
     if differing:
-        print(f"no mean of their weights: the runs differ in {', '.join(differing)}")
-    else:
+        print(f"the runs differ in {', '.join(differing)}, so their weights have no mean")
+    else:  # then all runs read the data alike
         report("the mean of their weights", outputs_of(mean_of_weights(models), data), data)
     if args.out:
         write_mean(args.out, mean, data, scores)
-        print(f"{args.out}: scores.json, predictions for {', '.join(map(' '.join, mean))}")
+        predicted = ", ".join(f"{name} {split}" for name, split in mean)
+        print(f"{args.out}: scores.json, predictions for {predicted}")
 
 
 if __name__ == "__main__":

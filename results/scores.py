@@ -140,7 +140,7 @@ def table_over(base, systems, found):
                 overall(found[name]), overall(found[base]), *pooled))
             rows.append((name, system.what, *with_train(found[name]), over))
     return table(("system", "what it is", "seeds", *(f"{task} (train)" for task in TASKS),
-                  "overall_2023", f"over {base}"), rows)
+                  "overall_2023", f"overall_2023 over {base}"), rows)
 
 
 def write_tables(page, tables):
