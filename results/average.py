@@ -127,7 +127,8 @@ def main(argv=None):
     if differing:
         print(f"the runs differ in {', '.join(differing)}, so their weights have no mean")
     else:  # then all runs read the data alike
-        report("the mean of their weights", outputs_of(mean_of_weights(models), data), data)
+        dev = {name: {"dev": splits["dev"]} for name, splits in data.items()}
+        report("the mean of their weights", outputs_of(mean_of_weights(models), dev), dev)
     if args.out:
         write_mean(args.out, mean, data, scores)
         predicted = ", ".join(f"{name} {split}" for name, split in mean)
