@@ -5,8 +5,8 @@ parts, of the mean of their weights (a model soup: Wortsman et al. 2022).
     python results/average.py RUN RUN ... --data_dir DIR --out FOLDER   and the mean's predictions
 
 FOLDER gets scores.json and, in the course's submission format, the predictions of the mean of the
-outputs for the dev and test files. That mean costs as much to use as all its runs together, the
-mean of the weights no more than one.
+outputs for the dev and test files. To predict with the mean of the outputs takes all the models,
+with the mean of the weights only one.
 
 Dimensions: N examples, C outputs of a task.
 """
