@@ -33,7 +33,8 @@ BATCHES = ("--option finetune --epochs 2 --epoch_length 1000 --schedule annealed
 TOGETHER = ("--option finetune --epochs 2 --epoch_length 560 "  # with the default, round_robin
             "--batch_size sst=64,para=64,sts=8 --lr 2e-4")
 SYSTEMS = {
-    "short+cosine": System("the short run, with the settings above", f"{SHORT} --lr 2e-4 {HEADS} {PHRASES}"),
+    "short+cosine": System("the short run, with the settings above",
+                           f"{SHORT} --lr 2e-4 {HEADS} {PHRASES}"),
     "short+cross": System("STS pairs as one sequence too",
                           f"{SHORT} --lr 2e-4 --pair_head cross {PHRASES}"),
     "short+cosines": System("Quora pairs by a cosine too",
